@@ -1,0 +1,16 @@
+"""GPT models as Equinox PyTrees: train, load, sample and inspect them."""
+
+from eqx_gpt.cache import KVCache as KVCache
+from eqx_gpt.config import AttentionConfig as AttentionConfig
+from eqx_gpt.config import GPTConfig as GPTConfig
+from eqx_gpt.config import MLPConfig as MLPConfig
+from eqx_gpt.config import NormConfig as NormConfig
+from eqx_gpt.config import PositionConfig as PositionConfig
+from eqx_gpt.generate import generate as generate
+from eqx_gpt.gpt import GPT as GPT
+from eqx_gpt.tree import cast as cast
+from eqx_gpt.tree import count_params as count_params
+from eqx_gpt.zoo import get_config as get_config
+from eqx_gpt.zoo import list_models as list_models
+
+__version__ = "0.1.0"

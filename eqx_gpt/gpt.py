@@ -1,0 +1,164 @@
+"""GPT: embeddings, a stack of blocks, a norm and a head."""
+
+import equinox as eqx
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array
+
+from eqx_gpt.cache import KVCache
+from eqx_gpt.config import GPTConfig
+from eqx_gpt.layers.block import Block
+from eqx_gpt.layers.linear import Embedding, Linear
+from eqx_gpt.layers.norm import Norm
+from eqx_gpt.ops.dropout import dropout
+from eqx_gpt.ops.matmul import linear
+from eqx_gpt.shapes import Hidden, Logits, PRNGKey, Tokens
+from eqx_gpt.tree import named_arrays, with_arrays
+
+
+class GPT(eqx.Module):
+    """A decoder-only transformer; the default config is GPT-2 (Radford et al. 2019).
+
+    A model is a PyTree of its weights and computes in their dtype, with float32 statistics,
+    softmax and logits. Every leaf of `blocks` has a leading layer axis. `head` None is the tied
+    head: the token embedding itself, which is why it is not stored twice.
+    """
+
+    wte: Embedding
+    wpe: Embedding | None
+    blocks: Block
+    norm: Norm
+    head: Linear | None
+    config: GPTConfig = eqx.field(static=True)
+
+    @staticmethod
+    def init(config: GPTConfig, *, key: PRNGKey) -> "GPT":
+        """Random weights as GPT-2's: N(0, 0.02²), residual projections scaled by depth."""
+        key_wte, key_wpe, key_blocks, key_head = jax.random.split(key, 4)
+        n_embd, std = config.n_embd, 0.02
+        learned = config.position.kind == "learned"
+        untied = config.head == "untied"
+        block_keys = jax.random.split(key_blocks, config.n_layer)
+        return GPT(
+            Embedding.init(config.vocab_size, n_embd, std=std, key=key_wte),
+            Embedding.init(config.block_size, n_embd, std=std, key=key_wpe) if learned else None,
+            eqx.filter_vmap(lambda key: Block.init(config, key=key))(block_keys),
+            Norm.init(config.norm, n_embd),
+            Linear.init(n_embd, config.vocab_size, bias=False, std=std, key=key_head)
+            if untied
+            else None,
+            config,
+        )
+
+    def __call__(self, tokens: ArrayLike, *, key: PRNGKey | None = None) -> Logits:
+        """Logits of the next token at every position.
+
+        **Arguments:**
+
+        - `tokens`: integers of shape `(*batch, seq)`, any leading dimensions or none,
+          `seq <= config.block_size`.
+        - `key`: for dropout. None is evaluation mode.
+
+        **Returns:** float32 of shape `(*batch, seq, vocab_size)`.
+
+        **Raises:** TypeError if the tokens are not integers; ValueError if there is no sequence
+        axis, if the sequence is empty or longer than `block_size`, or if a token lies outside
+        the vocabulary (known only outside jit).
+        """
+        hidden, _ = self.hidden(check_tokens(tokens, self.config), key=key)
+        return self.unembed(hidden)
+
+    def extend(self, tokens: ArrayLike, cache: KVCache) -> tuple[Logits, KVCache]:
+        """Logits of `tokens` that continue the sequences in `cache`, and the longer cache.
+
+        The caller keeps `cache.length + seq` within the cache's capacity: inside jit it cannot
+        be checked. Errors as `__call__`.
+        """
+        hidden, longer = self.hidden(check_tokens(tokens, self.config), cache=cache)
+        assert longer is not None
+        return self.unembed(hidden), longer
+
+    def hidden(
+        self, tokens: Tokens, *, cache: KVCache | None = None, key: PRNGKey | None = None
+    ) -> tuple[Hidden, KVCache | None]:
+        """The residual stream after the last norm: all of the model but its head."""
+        key_embed, key_blocks = (None, None) if key is None else jax.random.split(key)
+        x = self.wte(tokens)
+        if self.wpe is not None:
+            offset = 0 if cache is None else cache.length
+            positions = self.wpe(offset + jnp.arange(tokens.shape[-1]))
+            x = x + jnp.broadcast_to(positions, x.shape)
+        x = dropout(x, self.config.dropout, key_embed)
+        x, cache = self._run_blocks(x, cache, key_blocks)
+        return self.norm(x), None if cache is None else cache.advance(tokens.shape[-1])
+
+    def unembed(self, hidden: Hidden) -> Logits:
+        return linear(hidden, self.head_weight, jnp.float32)
+
+    @property
+    def head_weight(self) -> Array:
+        """The weight of the head, `(vocab, d_model)`, tied or not."""
+        return self.wte.weight if self.head is None else self.head.weight
+
+    def with_config(self, config: GPTConfig) -> "GPT":
+        """The same weights under a config that asks for the same arrays: another dropout,
+        `unroll` or `remat`. KeyError or ValueError if it asks for others."""
+        skeleton = eqx.filter_eval_shape(lambda: GPT.init(config, key=jax.random.key(0)))
+        return with_arrays(skeleton, named_arrays(self))
+
+    def _run_blocks(
+        self, x: Hidden, cache: KVCache | None, key: PRNGKey | None
+    ) -> tuple[Hidden, KVCache | None]:
+        n_layer = self.config.n_layer
+        arrays, static = eqx.partition(self.blocks, eqx.is_array)
+        keys = None if key is None else jax.random.split(key, n_layer)
+
+        def run_block(
+            carry: tuple[Hidden, KVCache | None], per_layer: tuple
+        ) -> tuple[tuple[Hidden, KVCache | None], None]:
+            x, cache = carry
+            block_arrays, layer, block_key = per_layer
+            block = eqx.combine(block_arrays, static)
+            return block(x, cache=cache, layer=layer, key=block_key), None
+
+        if self.config.remat == "block":
+            run_block = jax.checkpoint(run_block, prevent_cse=False)
+        per_layer = (arrays, jnp.arange(n_layer), keys)
+        unroll = min(self.config.unroll, n_layer)
+        carry, _ = lax.scan(run_block, (x, cache), per_layer, unroll=unroll)
+        return carry
+
+
+def check_tokens(tokens: ArrayLike, config: GPTConfig) -> Tokens:
+    """Tokens as int32, or an error that says what is wrong with them (see `GPT.__call__`)."""
+    dtype = getattr(tokens, "dtype", None) or np.asarray(tokens).dtype
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(
+            f"tokens must be integers, got {dtype}; give token ids, for example from a tokenizer"
+        )
+    shape = np.shape(tokens)
+    if not shape:
+        raise ValueError(
+            "tokens must have shape (*batch, seq), got a scalar; for one token give tokens[None]"
+        )
+    if shape[-1] == 0:
+        raise ValueError(f"tokens of shape {shape} are empty; give at least one token a sequence")
+    if shape[-1] > config.block_size:
+        raise ValueError(
+            f"tokens of shape {shape} are {shape[-1]} long; this model takes at most "
+            f"block_size={config.block_size}; give the last {config.block_size}, "
+            f"tokens[..., -{config.block_size}:]"
+        )
+    if not isinstance(tokens, jax.core.Tracer) and np.size(tokens):
+        low, high = np.min(tokens), np.max(tokens)
+        if low < 0 or high >= config.vocab_size:
+            bad = low if low < 0 else high
+            raise ValueError(
+                f"token {bad} lies outside the vocabulary, 0 to {config.vocab_size - 1}; "
+                "was the text encoded by another model's tokenizer?"
+            )
+    return jnp.asarray(tokens, jnp.int32)

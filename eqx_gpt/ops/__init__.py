@@ -1,0 +1,1 @@
+"""The numeric kernels that everything stands on. Tricks for speed live here and nowhere else."""

@@ -1,0 +1,89 @@
+"""Cross-entropy of a linear head without ever holding all logits.
+
+The logits of one chunk of tokens are made, used and dropped. While they exist, the forward pass
+of a differentiated call also makes the gradients from them, so nothing is computed twice: three
+products of (tokens x d_model x vocab) in all, as in the plain form.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from eqx_gpt.ops.matmul import linear
+from eqx_gpt.shapes import Scalar
+
+_CHUNK_LOGITS = 2**26  # elements: 256 MiB of float32
+
+
+@jax.custom_vjp
+def cross_entropy(
+    hidden: Float[Array, "*batch seq d_model"],
+    weight: Float[Array, "vocab d_model"],
+    targets: Int[Array, "*batch seq"],
+) -> Scalar:
+    """Mean of -log softmax(hidden @ weight.T)[target] in nats a token, float32."""
+    rows, labels, real = _chunked(hidden, weight, targets)
+
+    def add_chunk(total: Scalar, chunk: tuple[Array, Array, Array]) -> tuple[Scalar, None]:
+        x, y, mask = chunk
+        logits = linear(x, weight, jnp.float32)
+        return total + _sum_of_losses(logits, y, mask), None
+
+    total, _ = lax.scan(add_chunk, jnp.zeros((), jnp.float32), (rows, labels, real))
+    return total / targets.size
+
+
+def _forward(hidden: Array, weight: Array, targets: Array) -> tuple[Scalar, tuple[Array, Array]]:
+    rows, labels, real = _chunked(hidden, weight, targets)
+
+    def add_chunk(
+        carry: tuple[Scalar, Array], chunk: tuple[Array, Array, Array]
+    ) -> tuple[tuple[Scalar, Array], Array]:
+        total, d_weight = carry
+        x, y, mask = chunk
+        logits = linear(x, weight, jnp.float32)
+        total = total + _sum_of_losses(logits, y, mask)
+        # The target is subtracted before any rounding, so that a confident prediction keeps the
+        # digits of its small gradient.
+        one_hot = y[:, None] == jnp.arange(weight.shape[0])[None, :]
+        d_logits = (jax.nn.softmax(logits) - one_hot) * (mask / targets.size)[:, None]
+        d_logits = d_logits.astype(weight.dtype)
+        d_weight = d_weight + jnp.einsum(
+            "tv,td->vd", d_logits, x, preferred_element_type=jnp.float32
+        )
+        return (total, d_weight), d_logits @ weight
+
+    zeros = jnp.zeros((), jnp.float32), jnp.zeros(weight.shape, jnp.float32)
+    (total, d_weight), d_rows = lax.scan(add_chunk, zeros, (rows, labels, real))
+    d_hidden = d_rows.reshape(-1, hidden.shape[-1])[: targets.size].reshape(hidden.shape)
+    return total / targets.size, (d_hidden, d_weight.astype(weight.dtype))
+
+
+def _backward(residuals: tuple[Array, Array], g: Scalar) -> tuple[Array, Array, None]:
+    d_hidden, d_weight = residuals
+    return d_hidden * g.astype(d_hidden.dtype), d_weight * g.astype(d_weight.dtype), None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _chunked(hidden: Array, weight: Array, targets: Array) -> tuple[Array, Array, Array]:
+    """Tokens in equal chunks, the last padded, and a mask that is 1 for real tokens."""
+    tokens = targets.size
+    n_chunk = -(-tokens * weight.shape[0] // _CHUNK_LOGITS)
+    chunk = -(-tokens // n_chunk)
+    padding = n_chunk * chunk - tokens
+    rows = jnp.pad(hidden.reshape(tokens, -1), ((0, padding), (0, 0)))
+    labels = jnp.pad(targets.reshape(tokens), (0, padding))
+    real = (jnp.arange(n_chunk * chunk) < tokens).astype(jnp.float32)
+    return (
+        rows.reshape(n_chunk, chunk, -1),
+        labels.reshape(n_chunk, chunk),
+        real.reshape(n_chunk, chunk),
+    )
+
+
+def _sum_of_losses(logits: Array, labels: Array, mask: Array) -> Scalar:
+    label_logits = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - label_logits) * mask)

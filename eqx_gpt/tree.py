@@ -1,0 +1,88 @@
+"""A model as a tree: the names, roles, number and dtype of its leaves."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from eqx_gpt.layers.linear import Embedding, Linear
+from eqx_gpt.layers.norm import Norm
+
+Role = Literal["weight", "bias", "norm", "embedding"]
+
+
+def count_params(model: PyTree) -> int:
+    """Trainable numbers in a model; a tied head counts once."""
+    return sum(leaf.size for leaf in jax.tree.leaves(model) if _is_float(leaf))
+
+
+def named_arrays(tree: PyTree) -> dict[str, Any]:
+    """Every array of a tree by its dotted path, such as `blocks.attention.qkv.weight`.
+
+    Abstract arrays (of `eqx.filter_eval_shape`) count as arrays.
+    """
+    paths_and_leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {_name(path): leaf for path, leaf in paths_and_leaves if _is_array(leaf)}
+
+
+def with_arrays(tree: PyTree, arrays: Mapping[str, Any]) -> PyTree:
+    """The tree with the arrays of `named_arrays` replaced.
+
+    KeyError if a name is missing, ValueError if a shape differs.
+    """
+
+    def replaced(path: tuple[Any, ...], leaf: Any) -> Any:
+        if not _is_array(leaf):
+            return leaf
+        name = _name(path)
+        if arrays[name].shape != leaf.shape:
+            raise ValueError(f"{name}: expected shape {leaf.shape}, got {arrays[name].shape}")
+        return arrays[name]
+
+    return jax.tree_util.tree_map_with_path(replaced, tree)
+
+
+def roles(model: PyTree) -> PyTree:
+    """The role of every leaf, as a tree of the model's structure.
+
+    What treats leaves differently (decay, casts, sharding) asks for the role and never for
+    `ndim`: in the stacked blocks biases and norms have two dimensions.
+    """
+
+    def of_module(module: Any) -> PyTree:
+        if isinstance(module, Linear):
+            return jax.tree.map(lambda x: "weight" if x is module.weight else "bias", module)
+        role = "norm" if isinstance(module, Norm) else "embedding"
+        return jax.tree.map(lambda _: role, module)
+
+    return jax.tree.map(
+        of_module, model, is_leaf=lambda x: isinstance(x, Linear | Embedding | Norm)
+    )
+
+
+def map_with_roles(fn: Callable[[Role, Any], Any], model: PyTree) -> PyTree:
+    return jax.tree.map(fn, roles(model), model)
+
+
+def cast(model: PyTree, dtype: Any) -> PyTree:
+    """The model with weights, biases and embeddings in `dtype`, which it then computes in.
+
+    Norms keep their dtype: near 1, bfloat16 has no room for what a scale learns, and they cost
+    nothing.
+    """
+    return map_with_roles(lambda role, x: x if role == "norm" else x.astype(dtype), model)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _is_array(leaf: Any) -> bool:
+    return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _is_float(leaf: Any) -> bool:
+    return _is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
