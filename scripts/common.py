@@ -1,0 +1,59 @@
+"""What every command shares: how flags are read, how a user's mistake and Ctrl-C end it."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import tyro
+
+from train.run import read_run
+
+if TYPE_CHECKING:
+    from eqx_gpt import GPT
+    from eqx_gpt.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+
+def parse(arguments: type[T], default: T | None = None) -> T:
+    """The command line as a dataclass: `--a_b 1`, `--a_b=1` or `--a-b 1`; booleans take a value."""
+    config = (tyro.conf.FlagConversionOff,)
+    if default is None:
+        return tyro.cli(arguments, config=config, use_underscores=True)
+    return tyro.cli(arguments, default=default, config=config, use_underscores=True)
+
+
+def model_source(init_from: str, out_dir: str) -> "Callable[[], tuple[GPT, Tokenizer]]":
+    """What loads the model that a command names, and its tokenizer: of a run or pretrained.
+
+    ValueError at once if `out_dir` is no run; jax is not imported before the call.
+    """
+    if init_from == "resume":
+        read_run(out_dir)
+
+    def load() -> "tuple[GPT, Tokenizer]":
+        import jax
+
+        from eqx_gpt import GPT, get_config
+        from weights import from_pretrained, load_tokenizer
+
+        if init_from == "scratch":
+            return GPT.init(get_config("gpt2"), key=jax.random.key(0)), load_tokenizer("gpt2")
+        place = out_dir if init_from == "resume" else init_from
+        return from_pretrained(place), load_tokenizer(place)
+
+    return load
+
+
+def run_command(main: Callable[[], int]) -> int:
+    """The exit code: a user's mistake is one message and 2, Ctrl-C one line and 130."""
+    name = Path(sys.argv[0]).stem
+    try:
+        return main()
+    except (ValueError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130

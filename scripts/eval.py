@@ -1,0 +1,84 @@
+"""The loss of a model on a dataset: python scripts/eval.py --init_from gpt2 --dataset NAME."""
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+# `scripts/` comes first otherwise, and `scripts/train.py` would hide the package `train`.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from scripts.common import model_source, parse, run_command  # noqa: E402
+from train.manifest import Manifest  # noqa: E402
+from train.presets import get_preset  # noqa: E402
+from train.progress import reporting  # noqa: E402
+from train.run import run_config  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Mean loss over every token of a split, in consecutive blocks. The last line on stdout is
+    JSON: loss (nats a token), perplexity, bits_per_byte and what they were measured on."""
+
+    preset: str | None = None
+    """eval-gpt2, eval-gpt2-medium, ...: fills in init_from and dataset."""
+    init_from: str = "resume"
+    """resume: the run in out_dir. Or pretrained weights: a model of the zoo, a hub id, a local
+    directory."""
+    out_dir: str = "out"
+    """The run to evaluate: its best evaluation's model if it kept one, else its newest."""
+    dataset: str | None = None
+    """A dataset prepared by scripts/prepare.py. None: the preset's, or the run's own."""
+    data_dir: str = "data"
+    """Where prepared datasets are."""
+    split: Literal["train", "val"] = "val"
+    """Which part of the dataset."""
+    block_size: int | None = None
+    """Tokens in a block; no token sees beyond its own. None: the model's block_size."""
+    batch_size: int = 8
+    """Blocks run at once; changes nothing in the result."""
+
+
+def main() -> int:
+    options = parse(Arguments)
+    init_from, dataset = options.init_from, options.dataset
+    if options.preset is not None:
+        preset = get_preset(options.preset)
+        init_from, dataset = preset.init_from, dataset or preset.dataset
+    source = model_source(init_from, options.out_dir)
+    if dataset is None and init_from != "resume":
+        raise ValueError("give --dataset NAME: pretrained weights have none of their own")
+    dataset = dataset or run_config(options.out_dir).dataset
+    data = Manifest.read(Path(options.data_dir) / dataset)
+
+    import jax.numpy as jnp
+
+    from eqx_gpt.tokenizer import fingerprint
+    from train.evaluate import split_loss
+
+    model, tokenizer = source()
+    if fingerprint(tokenizer) != data.tokenizer_fingerprint:
+        raise ValueError(
+            f"dataset {dataset!r} was made with another tokenizer (fingerprint "
+            f"{data.tokenizer_fingerprint[:12]}) than the model's ({fingerprint(tokenizer)[:12]})"
+        )
+    block_size = options.block_size or model.config.block_size
+    if block_size > model.config.block_size:
+        raise ValueError(f"block_size={block_size} exceeds the model's {model.config.block_size}")
+    tokens = data.tokens(options.split)
+    with reporting(f"evaluating {dataset}/{options.split}", len(tokens) - 1, "tokens") as update:
+        loss, count = split_loss(
+            model, tokens, block_size=block_size, micro_batch_size=options.batch_size,
+            dtype=jnp.float32, progress=lambda done, _: update(done),
+        )  # fmt: skip
+    nats_to_bits = count / math.log(2) / data.splits[options.split].bytes
+    result = {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": loss * nats_to_bits}
+    where = {"dataset": dataset, "split": options.split, "block_size": block_size, "tokens": count}
+    print(json.dumps({**result, **where}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

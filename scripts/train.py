@@ -1,0 +1,73 @@
+"""Trains a GPT: python scripts/train.py --preset NAME [--flag value ...]."""
+
+import argparse
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+# `scripts/` comes first otherwise, and this file would hide the package `train`.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import tyro  # noqa: E402
+
+from scripts.common import parse, run_command  # noqa: E402
+from train.config import TrainConfig  # noqa: E402
+from train.manifest import Manifest  # noqa: E402
+from train.presets import PRESETS  # noqa: E402
+from train.resolve import Wishes, base_config, open_data  # noqa: E402
+from train.run import has_checkpoint  # noqa: E402
+
+EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Trains a GPT. Flags win over the file of --config, which wins over the preset."""
+
+    settings: tyro.conf.OmitArgPrefixes[TrainConfig]
+    preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """A recipe to start from: one of those listed above. None: TrainConfig's defaults."""
+    config: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """A JSON file of settings, whole or partial, or a run's run.json to do it again."""
+
+
+Arguments.__doc__ = f"{Arguments.__doc__}\n\nPresets: {', '.join(PRESETS)}."
+
+
+def main() -> int:
+    wishes = first_look(sys.argv[1:])
+    base, resume = base_config(wishes)
+    config = parse(Arguments, default=Arguments(base, wishes.preset, wishes.file)).settings
+    if resume:
+        config = dataclasses.replace(config, init_from=base.init_from)
+        data = Manifest.read(Path(config.data_dir) / config.dataset)
+    else:
+        config, data, said = open_data(wishes, config)
+        if said:
+            print(said, file=sys.stderr)
+
+    # jax is imported from here on: a mistyped flag need not wait for it.
+    from train.loop import train
+    from weights import from_pretrained
+
+    started = resume and has_checkpoint(config.out_dir)
+    fresh = started or config.init_from == "scratch"
+    pretrained = None if fresh else from_pretrained(config.init_from)
+    outcome = train(config, data, pretrained=pretrained, resume=resume)
+    return EXIT_CODES.get(outcome.interrupted_by or "", 0)
+
+
+def first_look(argv: list[str]) -> Wishes:
+    """--preset, --config, and the flags that decide what the others override."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("preset", "config", "init_from", "out_dir", "dataset"):
+        parser.add_argument(*{f"--{name}", f"--{name.replace('_', '-')}"}, dest=name)
+    found = vars(parser.parse_known_args(argv)[0])
+    flags = {k: v for k, v in found.items() if v is not None and k not in ("preset", "config")}
+    return Wishes(found["preset"], found["config"], flags)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

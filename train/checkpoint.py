@@ -1,0 +1,81 @@
+"""Training state on disk, through Orbax: atomic, asynchronous, the last few kept.
+
+A run's `checkpoints/<step>/` holds three items: `model` and `optimizer`, flat mappings from the
+dotted names of `eqx_gpt.tree.named_arrays` to arrays, and `progress`, JSON. `best/<step>/` holds
+`model` alone.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from eqx_gpt.gpt import GPT
+from eqx_gpt.tree import named_arrays, with_arrays
+from train.step import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one run directory. Close it, or the last one may not be complete."""
+
+    def __init__(self, run: Path, keep: int = 2) -> None:
+        run = run.resolve()  # Orbax wants absolute paths
+        self._states = _manager(run / "checkpoints", keep)
+        self._best: ocp.CheckpointManager | None = None
+        self._best_directory = run / "best"
+
+    def latest_step(self) -> int | None:
+        return self._states.latest_step()
+
+    def save(self, state: TrainState, step: int, progress: dict[str, Any]) -> None:
+        """Start writing the state after `step` steps; nothing if that step is saved already."""
+        if step == self.latest_step():
+            return
+        items = ocp.args.Composite(
+            model=ocp.args.StandardSave(named_arrays(state.model)),
+            optimizer=ocp.args.StandardSave(named_arrays(state.opt_state)),
+            progress=ocp.args.JsonSave(progress),
+        )
+        self._states.save(step, args=items, force=True)
+
+    def save_best(self, model: GPT, step: int) -> None:
+        """Keep this model in place of the best one so far."""
+        if self._best is None:
+            self._best = _manager(self._best_directory, keep=1)
+        items = ocp.args.Composite(model=ocp.args.StandardSave(named_arrays(model)))
+        self._best.save(step, args=items, force=True)
+
+    def restore(self, skeleton: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The newest state and its progress; `skeleton` gives shapes and dtypes."""
+        step = self.latest_step()
+        model, optimizer = named_arrays(skeleton.model), named_arrays(skeleton.opt_state)
+        items = ocp.args.Composite(
+            model=ocp.args.StandardRestore(model),
+            optimizer=ocp.args.StandardRestore(optimizer),
+            progress=ocp.args.JsonRestore(),
+        )
+        saved = self._states.restore(step, args=items)
+        state = TrainState(
+            with_arrays(skeleton.model, saved["model"]),
+            with_arrays(skeleton.opt_state, saved["optimizer"]),
+            jnp.asarray(step, jnp.int32),
+        )
+        return state, saved["progress"]
+
+    def wait(self) -> None:
+        """Until everything begun is on disk."""
+        for manager in (self._states, self._best):
+            if manager is not None:
+                manager.wait_until_finished()
+
+    def close(self) -> None:
+        self.wait()
+        for manager in (self._states, self._best):
+            if manager is not None:
+                manager.close()
+
+
+def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    return ocp.CheckpointManager(directory, options=options)

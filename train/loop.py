@@ -1,0 +1,377 @@
+"""The loop that ties data, step, evaluation, checkpoints and what a person sees together."""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from eqx_gpt.config import GPTConfig
+from eqx_gpt.generate import generate
+from eqx_gpt.gpt import GPT
+from eqx_gpt.shapes import PRNGKey
+from eqx_gpt.tree import count_params
+from train.checkpoint import Checkpoints
+from train.config import TrainConfig, model_config
+from train.data import Windows, prefetched
+from train.devices import Execution, describe_devices
+from train.display import Display
+from train.evaluate import sampled_loss
+from train.interrupt import Interrupted, Interruption
+from train.manifest import SPLITS, Manifest
+from train.metrics import MetricsFile, extra_loggers, flops_per_token, peak_flops
+from train.optimizer import learning_rate, make_optimizer
+from train.plot import plot_losses
+from train.run import resume_run, start_run
+from train.step import (
+    Gradients,
+    Recipe,
+    StepMetrics,
+    TrainState,
+    add_gradients,
+    apply_gradients,
+    train_step,
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: the steps done, the signal that interrupted it, its last evaluation."""
+
+    steps_done: int
+    interrupted_by: str | None
+    val_loss: float | None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a checkpoint holds beside the state. Times are of all the run's processes."""
+
+    elapsed_s: float = 0.0
+    evaluated_at: int | None = None
+    val_loss: float | None = None
+    best_val_loss: float | None = None
+
+
+def train(
+    config: TrainConfig, data: Manifest, *, pretrained: GPT | None = None, resume: bool = False
+) -> Outcome:
+    """Run `config` on `data`, in `config.out_dir`.
+
+    **Arguments:**
+
+    - `pretrained`: the model to start from; None is a new one. Not needed to resume, once there
+      is a checkpoint.
+    - `resume`: go on with the run in `config.out_dir`, exactly where it was.
+
+    **Raises:** ValueError (also as RunError, DatasetError) for what the user can mend. Whatever
+    happens, the directory keeps its last whole checkpoint.
+    """
+    if resume:
+        model_cfg = resume_run(config, data)
+    else:
+        model_cfg = _model_config(config, data, pretrained)
+        start_run(config, model_cfg, data)
+    with Display(config.max_iters) as display:
+        trainer = Trainer(config, data, model_cfg, pretrained, display)
+        try:
+            with Interruption(lambda: display.line("stopping after this micro-batch")) as signals:
+                return trainer.run(signals)
+        finally:
+            trainer.close()
+
+
+class Trainer:
+    """A run in this process: what it is made of, and the methods that `run` is told in."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: Manifest,
+        model_cfg: GPTConfig,
+        pretrained: GPT | None,
+        display: Display,
+    ) -> None:
+        self.config, self.data, self.display = config, data, display
+        self.directory = Path(config.out_dir)
+        self.windows = Windows(data.tokens("train"), config.block_size, config.seed)
+        # Evaluations of different runs compare, so their batches do not depend on the seed.
+        self.eval_windows = {
+            split: Windows(data.tokens(split), config.block_size, seed=0) for split in SPLITS
+        }
+        skeleton = eqx.filter_eval_shape(lambda: GPT.init(model_cfg, key=jax.random.key(0)))
+        n_params = count_params(skeleton)
+        platform = jax.default_backend()
+        self.execution = Execution.choose(config, model_cfg.n_layer, n_params, platform)
+        model_cfg = dataclasses.replace(model_cfg, unroll=self.execution.unroll)
+        self.flops_per_token = flops_per_token(
+            n_params, model_cfg.n_layer, model_cfg.n_embd, config.block_size
+        )
+        self.peak_flops = peak_flops(self.execution.dtype)
+
+        key_model, key_steps = jax.random.split(jax.random.key(config.seed))
+        optimizer = make_optimizer(config)
+        self.recipe = Recipe(optimizer, self.execution.dtype, key_steps)
+        self.learning_rate = learning_rate(config)
+        self.checkpoints = Checkpoints(self.directory)
+        if self.checkpoints.latest_step() is None:
+            self.state = _new_state(model_cfg, optimizer, key_model, pretrained)
+            self.progress = Progress()
+        else:
+            skeleton = eqx.filter_eval_shape(_new_state, model_cfg, optimizer, key_model, None)
+            self.state, progress = self.checkpoints.restore(skeleton)
+            self.progress = Progress(**progress)
+        self.steps_done = int(self.state.step)
+
+        self.metrics = MetricsFile(self.directory / "metrics.jsonl", self.steps_done)
+        self.loggers = [self.metrics.write, *extra_loggers(config, n_params)]
+        self.saved_at = time.monotonic()
+        self.started_at = self.saved_at - self.progress.elapsed_s
+        self.display.header(self._header(model_cfg, n_params))
+
+    def close(self) -> None:
+        self.checkpoints.close()
+        self.metrics.close()
+
+    def run(self, signals: Interruption) -> Outcome:
+        """Train to the end or to the interruption, and leave the last whole step on disk."""
+        out_dir, interrupted_by = self.config.out_dir, None
+        try:
+            if self.config.eval_only:
+                self._evaluate(signals)
+            else:
+                self._train(signals)
+        except Interrupted as interrupted:
+            interrupted_by = str(interrupted)
+        if not self.config.eval_only:
+            self._save()
+            self.checkpoints.wait()
+            self.display.line(f"step {self.steps_done} is saved in {out_dir}")
+            if interrupted_by is None:
+                self.display.line(f"sample from it: python scripts/sample.py --out_dir {out_dir}")
+            else:
+                self.display.line(
+                    f"stopped by {interrupted_by}; go on with: python scripts/train.py "
+                    f"--init_from resume --out_dir {out_dir}"
+                )
+        return Outcome(self.steps_done, interrupted_by, self.progress.val_loss)
+
+    def _train(self, signals: Interruption) -> None:
+        config = self.config
+        self._between_steps(signals)
+        clock = _Clock(self.steps_done, config.global_batch_size * config.block_size)
+        previous: StepMetrics | None = None
+        with prefetched(self._windows_of, self.steps_done, config.max_iters) as batches:
+            for windows in batches:
+                signals.check()
+                step = self.steps_done
+                if self.execution.accumulate == "device":
+                    self.state, metrics = train_step((self.recipe, windows), self.state)
+                else:
+                    self.state, metrics = self._step_from_host(windows, signals)
+                self.steps_done += 1
+                # The device works on this step while the host prepares the next; waiting for the
+                # one before keeps the host from running further ahead.
+                jax.block_until_ready(previous)
+                previous = metrics
+                if step % config.log_interval == 0 or self.steps_done == config.max_iters:
+                    jax.block_until_ready(metrics)
+                    self._log_step(step, metrics, clock.tokens_per_s(self.steps_done))
+                with clock.paused():
+                    self._between_steps(signals)
+
+    def _windows_of(self, step: int) -> Int[Array, "accum micro seq_plus_1"]:
+        windows = self.windows.batch(step, self.config.global_batch_size)
+        n_micro, micro_batch_size = self.execution.n_micro, self.execution.micro_batch_size
+        return jnp.asarray(windows.reshape(n_micro, micro_batch_size, -1))
+
+    def _step_from_host(
+        self, windows: Int[Array, "accum micro seq_plus_1"], signals: Interruption
+    ) -> tuple[TrainState, StepMetrics]:
+        """A step whose micro-batches are seen one by one. Interrupted, it leaves no trace."""
+        gradients = Gradients.zero(self.state.model)
+        n_micro, tokens = windows.shape[0], windows.shape[1] * self.config.block_size
+        start = time.monotonic()
+        for i in range(n_micro):
+            gradients = add_gradients((self.recipe, windows[i], self.state), gradients)
+            loss = float(gradients.loss) / (i + 1)
+            signals.check()
+            rate = tokens * (i + 1) / (time.monotonic() - start)
+            self.display.micro(
+                self.steps_done, i + 1, n_micro, loss, rate, self._mfu(rate), self._eta(rate, i + 1)
+            )
+        return apply_gradients(self.recipe, gradients, self.state)
+
+    def _between_steps(self, signals: Interruption) -> None:
+        """What is due after `steps_done` steps: evaluation, sample, checkpoint."""
+        config, step = self.config, self.steps_done
+        if step == 0:
+            return
+        at_end = step == config.max_iters
+        if (step % config.eval_interval == 0 or at_end) and self.progress.evaluated_at != step:
+            self._evaluate(signals)
+        if config.sample_interval and step % config.sample_interval == 0:
+            self._show_sample()
+        interval = config.checkpoint_interval or config.eval_interval
+        overdue = 0 < config.checkpoint_minutes * 60 < time.monotonic() - self.saved_at
+        if step % interval == 0 or overdue:
+            self._save()
+
+    def _evaluate(self, signals: Interruption) -> None:
+        config, step = self.config, self.steps_done
+        losses = {}
+        for split, windows in self.eval_windows.items():
+
+            def report(done: int, total: int, split: str = split) -> None:
+                signals.check()
+                self.display.working(step, f"evaluating on {split}, batch {done}/{total}")
+
+            losses[split] = sampled_loss(
+                self.state.model,
+                windows,
+                batch_size=config.batch_size,
+                n_batch=config.eval_iters,
+                micro_batch_size=self.execution.micro_batch_size,
+                dtype=self.execution.dtype,
+                progress=report,
+            )
+        best = self.progress.best_val_loss
+        improved = best is None or losses["val"] < best
+        self.progress = dataclasses.replace(
+            self.progress,
+            evaluated_at=step,
+            val_loss=losses["val"],
+            best_val_loss=losses["val"] if improved else best,
+        )
+        mark = "" if best is None or not improved else ", the best so far"
+        self.display.line(
+            f"eval {step}/{config.max_iters} val loss {losses['val']:.4f}, "
+            f"train loss {losses['train']:.4f}{mark}"
+        )
+        self._log({"iter": step, "val_loss": losses["val"], "eval_train_loss": losses["train"]})
+        if improved and not config.always_save_checkpoint and not config.eval_only:
+            self.checkpoints.save_best(self.state.model, step)
+        plot_losses(self.directory)
+
+    def _show_sample(self) -> None:
+        tokenizer = self.data.tokenizer()
+        prompt = jnp.asarray([tokenizer.encode("\n")], jnp.int32)
+        key = jax.random.key(self.steps_done)
+        tokens = generate(self.state.model, prompt, 200, key=key, temperature=0.8, top_k=200)
+        self.display.line(f"sample at {self.steps_done}:{tokenizer.decode(tokens[0].tolist())}")
+
+    def _save(self) -> None:
+        elapsed = time.monotonic() - self.started_at
+        self.progress = dataclasses.replace(self.progress, elapsed_s=elapsed)
+        self.checkpoints.save(self.state, self.steps_done, dataclasses.asdict(self.progress))
+        self.saved_at = time.monotonic()
+
+    def _log_step(self, step: int, metrics: StepMetrics, tokens_per_s: float) -> None:
+        record = {
+            "iter": step,
+            "train_loss": float(metrics.loss),
+            "lr": float(self.learning_rate(step)),
+            "grad_norm": float(metrics.grad_norm),
+            "tokens_per_s": tokens_per_s,
+            "mfu": self._mfu(tokens_per_s),
+        }
+        self._log(record)
+        self.display.step(record, self._eta(tokens_per_s))
+
+    def _log(self, record: dict[str, Any]) -> None:
+        record["elapsed_s"] = time.monotonic() - self.started_at
+        record["dataset"] = self.data.name
+        for logger in self.loggers:
+            logger(record)
+
+    def _mfu(self, tokens_per_s: float) -> float | None:
+        if self.peak_flops is None:
+            return None
+        return tokens_per_s * self.flops_per_token / self.peak_flops
+
+    def _eta(self, tokens_per_s: float, micro_done: int = 0) -> float:
+        """Seconds of training to come at this rate, evaluations apart."""
+        steps = self.config.max_iters - self.steps_done - micro_done / self.execution.n_micro
+        return steps * self.config.global_batch_size * self.config.block_size / tokens_per_s
+
+    def _header(self, model_cfg: GPTConfig, n_params: int) -> dict[str, str]:
+        config, execution, splits = self.config, self.execution, self.data.splits
+        n_tokens = config.global_batch_size * config.block_size
+        peak = "unknown peak" if self.peak_flops is None else f"peak {self.peak_flops:.3g} FLOP/s"
+        if self.steps_done:
+            start = f"resumed at step {self.steps_done}"
+        else:
+            start = "new" if config.init_from == "scratch" else f"from {config.init_from}"
+        return {
+            "model": f"{n_params:,} parameters: {model_cfg.n_layer} layers, {model_cfg.n_head} "
+            f"heads, {model_cfg.n_embd} wide, block {model_cfg.block_size}, "
+            f"vocabulary {model_cfg.vocab_size}; {start}",
+            "data": f"{self.data.name}: {splits['train'].tokens:,} training tokens, "
+            f"{splits['val'].tokens:,} for validation",
+            "device": f"{describe_devices()}, {jnp.dtype(execution.dtype).name}, {peak}",
+            "batch": f"{config.global_batch_size} x {config.block_size} = {n_tokens:,} tokens a "
+            f"step, in {execution.n_micro} micro-batches of {execution.micro_batch_size}, "
+            f"accumulated on the {execution.accumulate}",
+            "run": f"{config.max_iters:,} steps, into {config.out_dir}",
+        }
+
+
+class _Clock:
+    """The rate of training since it was last asked, evaluations and checkpoints apart."""
+
+    def __init__(self, steps_done: int, tokens_per_step: int) -> None:
+        self._tokens_per_step = tokens_per_step
+        self._since_step, self._since_time = steps_done, time.monotonic()
+
+    def tokens_per_s(self, steps_done: int) -> float:
+        now = time.monotonic()
+        tokens = (steps_done - self._since_step) * self._tokens_per_step
+        rate = tokens / (now - self._since_time)
+        self._since_step, self._since_time = steps_done, now
+        return rate
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self._since_time += time.monotonic() - start
+
+
+def _model_config(config: TrainConfig, data: Manifest, pretrained: GPT | None) -> GPTConfig:
+    """The model that a new run trains."""
+    if pretrained is None:
+        return model_config(config, data.vocab_size)
+    model_cfg = pretrained.config
+    if config.block_size > model_cfg.block_size:
+        raise ValueError(
+            f"block_size={config.block_size} exceeds the {model_cfg.block_size} that "
+            f"{config.init_from!r} was made for; give --block_size {model_cfg.block_size} or less"
+        )
+    if data.vocab_size > model_cfg.vocab_size:
+        raise ValueError(
+            f"dataset {data.name!r} has {data.vocab_size} tokens, {config.init_from!r} knows "
+            f"{model_cfg.vocab_size}; prepare the dataset with that model's tokenizer"
+        )
+    return dataclasses.replace(model_cfg, dropout=config.dropout)
+
+
+@eqx.filter_jit
+def _new_state(
+    model_cfg: GPTConfig,
+    optimizer: optax.GradientTransformation,
+    key: PRNGKey,
+    pretrained: GPT | None,
+) -> TrainState:
+    if pretrained is None:
+        model = GPT.init(model_cfg, key=key)
+    else:
+        model = pretrained.with_config(model_cfg)
+    return TrainState.init(model, optimizer)

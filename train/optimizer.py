@@ -1,0 +1,39 @@
+"""AdamW with clipping and nanoGPT's schedule, from optax."""
+
+import optax
+from jaxtyping import PyTree
+
+from eqx_gpt.tree import map_with_roles
+from train.config import TrainConfig
+
+
+def learning_rate(config: TrainConfig) -> optax.Schedule:
+    """Step (from 0) -> learning rate: linear warm-up, cosine decay to `min_lr`, then constant."""
+    if not config.decay_lr:
+        return optax.constant_schedule(config.learning_rate)
+    # The first step already has 1 / (warmup_iters + 1) of the rate: at 0 it would be lost.
+    return optax.warmup_cosine_decay_schedule(
+        init_value=config.learning_rate / (config.warmup_iters + 1),
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup_iters,
+        decay_steps=config.lr_decay_iters,
+        end_value=config.min_lr,
+    )
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """AdamW (arXiv:1711.05101); matrices and embeddings decay, biases and norms do not."""
+
+    def decays(model: PyTree) -> PyTree:
+        return map_with_roles(lambda role, _: role in ("weight", "embedding"), model)
+
+    adamw = optax.adamw(
+        learning_rate(config),
+        b1=config.beta1,
+        b2=config.beta2,
+        weight_decay=config.weight_decay,
+        mask=decays,
+    )
+    if config.grad_clip == 0:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.grad_clip), adamw)

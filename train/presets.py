@@ -1,0 +1,92 @@
+"""Named recipes: nanoGPT's config files, with the same numbers."""
+
+from dataclasses import replace
+
+from eqx_gpt.config import did_you_mean
+from train.config import TrainConfig
+
+# 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens a step; 300 B tokens in all.
+_GPT2_SMALL = TrainConfig(out_dir="out/gpt2-small", eval_interval=1000, log_interval=10)
+
+# A character-level model of tiny Shakespeare, which overfits: the best evaluation is kept.
+_SHAKESPEARE_CHAR = TrainConfig(
+    out_dir="out/shakespeare-char",
+    dataset="shakespeare_char",
+    batch_size=64,
+    gradient_accumulation_steps=1,
+    block_size=256,
+    n_layer=6,
+    n_head=6,
+    n_embd=384,
+    dropout=0.2,
+    learning_rate=1e-3,
+    max_iters=5000,
+    warmup_iters=100,
+    lr_decay_iters=5000,
+    min_lr=1e-4,
+    beta2=0.99,
+    eval_interval=250,
+    eval_iters=200,
+    log_interval=10,
+    always_save_checkpoint=False,
+)
+
+_FINETUNE_SHAKESPEARE = TrainConfig(
+    out_dir="out/finetune-shakespeare",
+    init_from="gpt2-xl",
+    dataset="shakespeare",
+    batch_size=1,
+    gradient_accumulation_steps=32,
+    learning_rate=3e-5,
+    decay_lr=False,
+    max_iters=20,
+    eval_interval=5,
+    eval_iters=40,
+    always_save_checkpoint=False,
+)
+
+
+def _eval(name: str) -> TrainConfig:
+    """The zero-shot loss of a pretrained GPT-2 on OpenWebText."""
+    return TrainConfig(
+        out_dir=f"out/eval-{name}", init_from=name, batch_size=8, eval_iters=500, eval_only=True
+    )
+
+
+PRESETS: dict[str, TrainConfig] = {
+    "gpt2-small": _GPT2_SMALL,
+    "gpt2-medium": replace(
+        _GPT2_SMALL, out_dir="out/gpt2-medium", n_layer=24, n_head=16, n_embd=1024
+    ),
+    "gpt2-large": replace(
+        _GPT2_SMALL, out_dir="out/gpt2-large", n_layer=36, n_head=20, n_embd=1280
+    ),
+    "gpt2-xl": replace(_GPT2_SMALL, out_dir="out/gpt2-xl", n_layer=48, n_head=25, n_embd=1600),
+    "shakespeare-char": _SHAKESPEARE_CHAR,
+    # The command that nanoGPT's README gives for a laptop.
+    "shakespeare-char-cpu": replace(
+        _SHAKESPEARE_CHAR,
+        out_dir="out/shakespeare-char-cpu",
+        batch_size=12,
+        block_size=64,
+        n_layer=4,
+        n_head=4,
+        n_embd=128,
+        dropout=0.0,
+        max_iters=2000,
+        lr_decay_iters=2000,
+        eval_iters=20,
+    ),
+    "finetune-shakespeare": _FINETUNE_SHAKESPEARE,
+    "eval-gpt2": _eval("gpt2"),
+    "eval-gpt2-medium": _eval("gpt2-medium"),
+    "eval-gpt2-large": _eval("gpt2-large"),
+    "eval-gpt2-xl": _eval("gpt2-xl"),
+}
+
+
+def get_preset(name: str) -> TrainConfig:
+    """ValueError, with the near names, if unknown."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; {did_you_mean(name, PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,73 @@
+"""From what a user asked for to a config and its data: preset < file < flags, or a run's own."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from train.config import TrainConfig, read_config_file, with_fields
+from train.datasets import is_prepared, prepare
+from train.manifest import Manifest
+from train.presets import get_preset
+from train.run import has_run, run_config
+
+FALLBACK = "stdlib"
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the command line said, but for the flags that override single settings.
+
+    `flags` are those given of `init_from`, `out_dir` and `dataset`: they decide which config the
+    other flags override.
+    """
+
+    preset: str | None
+    file: str | None
+    flags: Mapping[str, str]
+
+
+def base_config(wishes: Wishes) -> tuple[TrainConfig, bool]:
+    """The config that the flags override, and whether it is that of a run to resume.
+
+    To resume, the run's own config stands in place of preset and file, which then only say where
+    the run is; its `init_from` says what the run once started from.
+    """
+    config = TrainConfig() if wishes.preset is None else get_preset(wishes.preset)
+    if wishes.file is not None:
+        config = with_fields(config, read_config_file(wishes.file), wishes.file)
+    if wishes.flags.get("init_from", config.init_from) != "resume":
+        return config, False
+    given = wishes.flags.get("out_dir")
+    places = [config.out_dir, _fallback_place(config)] if given is None else [given]
+    out_dir = next(filter(has_run, places), places[0])
+    return dataclasses.replace(run_config(out_dir), out_dir=out_dir), True
+
+
+def open_data(wishes: Wishes, config: TrainConfig) -> tuple[TrainConfig, Manifest, str | None]:
+    """For a new run: its config, its dataset, verified, and what the user should be told.
+
+    A preset whose own dataset is not prepared trains on the standard library's source instead,
+    in a directory of its own: the returned config says so. A dataset that the user named has to
+    be there. DatasetError if it is not, or is damaged.
+    """
+    said = None
+    in_file = wishes.file is not None and "dataset" in read_config_file(wishes.file)
+    chosen = in_file or "dataset" in wishes.flags
+    if not chosen and not is_prepared(Path(config.data_dir) / config.dataset):
+        where = "" if config.data_dir == "data" else f" --data_dir {config.data_dir}"
+        said = (
+            f"DATASET {config.dataset!r} IS NOT PREPARED: training on {FALLBACK!r} instead, the "
+            f"source of Python's standard library. To prepare it: python scripts/prepare.py "
+            f"{config.dataset}{where}"
+        )
+        out_dir = wishes.flags.get("out_dir", _fallback_place(config))
+        config = dataclasses.replace(config, dataset=FALLBACK, out_dir=out_dir)
+    directory = Path(config.data_dir) / config.dataset
+    if config.dataset == FALLBACK and not is_prepared(directory):
+        prepare(FALLBACK, Path(config.data_dir))
+    return config, Manifest.read(directory), said
+
+
+def _fallback_place(config: TrainConfig) -> str:
+    return f"{config.out_dir}-{FALLBACK}"

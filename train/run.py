@@ -1,0 +1,127 @@
+"""A run directory explains itself: what is in it, when a run may start there or go on there.
+
+run.json              the resolved config, the model, the data's manifest, versions
+tokenizer_spec.json   the tokenizer, whole
+metrics.jsonl         one object a logged step and one an evaluation
+checkpoints/, best/   see checkpoint.py
+loss.png              where matplotlib is installed
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from eqx_gpt.config import GPTConfig
+from train.config import TrainConfig, with_fields
+from train.files import write_atomically
+from train.manifest import Manifest
+
+FORMAT_VERSION = 1
+
+# A run that goes on with another value of these would not be the same run.
+_FIXED = (
+    "seed", "dataset", "batch_size", "gradient_accumulation_steps", "block_size", "n_layer",
+    "n_head", "n_embd", "dropout", "bias", "vocab_size", "precision", "init_from",
+)  # fmt: skip
+
+
+class RunError(ValueError):
+    """A run directory that cannot be used as asked; the message says what to do."""
+
+
+def has_run(directory: str | Path) -> bool:
+    return (Path(directory) / "run.json").exists()
+
+
+def has_checkpoint(directory: str | Path) -> bool:
+    """Is there anything to resume from?"""
+    checkpoints = Path(directory) / "checkpoints"
+    return checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())
+
+
+def read_run(directory: str | Path) -> dict[str, Any]:
+    """The content of run.json. RunError if it is missing, damaged or of another format."""
+    path = Path(directory) / "run.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        near = sorted(str(p.parent) for p in Path(directory).parent.glob("*/run.json"))
+        there = f"; runs beside it: {', '.join(near)}" if near else ""
+        raise RunError(
+            f"no run to resume in {str(directory)!r} ({path.name} not found){there}; give its "
+            "--out_dir, or start one without --init_from resume"
+        ) from None
+    except ValueError as error:
+        raise RunError(f"{path} is not JSON: {error}") from None
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise RunError(f"{path} has format_version {version!r}, expected {FORMAT_VERSION}")
+    return content
+
+
+def run_config(directory: str | Path) -> TrainConfig:
+    """The config that a run recorded."""
+    fields = read_run(directory)["config"]
+    return with_fields(TrainConfig(), fields, str(Path(directory) / "run.json"))
+
+
+def start_run(config: TrainConfig, model: GPTConfig, data: Manifest) -> None:
+    """Write run.json and the tokenizer. RunError if the directory holds a run to lose."""
+    directory = Path(config.out_dir)
+    if has_checkpoint(directory):
+        raise RunError(
+            f"{config.out_dir!r} already holds a run; go on with --init_from resume "
+            f"--out_dir {config.out_dir}, or give another --out_dir"
+        )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "metrics.jsonl").unlink(missing_ok=True)
+        _write(directory / "tokenizer_spec.json", data.tokenizer_spec)
+        _write(directory / "run.json", _content(config, model, data))
+    except OSError as error:
+        raise RunError(f"cannot write to {config.out_dir!r}: {error.strerror}") from None
+
+
+def resume_run(config: TrainConfig, data: Manifest) -> GPTConfig:
+    """The run's model, once nothing that decides its losses differs. RunError with both sides."""
+    content = read_run(config.out_dir)
+    recorded = run_config(config.out_dir)
+    conflicts = [
+        f"{name} was {getattr(recorded, name)!r}, now {getattr(config, name)!r}"
+        for name in _FIXED
+        if getattr(recorded, name) != getattr(config, name)
+    ]
+    for split, was in content["data"]["splits"].items():
+        now = data.to_dict()["splits"][split]
+        if now["sha256"] != was["sha256"]:
+            conflicts.append(
+                f"{split} split of dataset {data.name!r} had sha256 {was['sha256'][:12]}..., "
+                f"now {now['sha256'][:12]}..."
+            )
+    if conflicts:
+        raise RunError(
+            f"cannot resume {config.out_dir!r}: {'; '.join(conflicts)}. Leave these as they were, "
+            f"or start a new run from its weights with --init_from {config.out_dir}"
+        )
+    model = GPTConfig.from_dict(content["model"])
+    _write(Path(config.out_dir) / "run.json", _content(config, model, data))
+    return model
+
+
+def _content(config: TrainConfig, model: GPTConfig, data: Manifest) -> dict[str, Any]:
+    packages = ("jax", "jaxlib", "equinox", "optax", "orbax-checkpoint", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {
+        "format_version": FORMAT_VERSION,
+        "config": dataclasses.asdict(config),
+        "model": model.to_dict(),
+        "data": data.to_dict(),
+        "versions": {"python": platform.python_version(), **versions},
+    }
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())

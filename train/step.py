@@ -1,0 +1,145 @@
+"""One optimizer step: a pure function of (windows, state).
+
+Gradients are accumulated over micro-batches in one of two places. On the device, `train_step`
+scans over them inside one program. From the host, `add_gradients` runs one micro-batch and
+`apply_gradients` ends the step, so that where a micro-batch takes seconds the caller can report
+and be interrupted between two of them. Both give the same step, to rounding.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Int, PyTree
+
+from eqx_gpt.config import GPTConfig
+from eqx_gpt.gpt import GPT
+from eqx_gpt.shapes import PRNGKey, Scalar
+from train.loss import next_token_loss
+
+
+class TrainState(eqx.Module):
+    """What a step changes and a checkpoint holds. `step` counts the steps done."""
+
+    model: GPT
+    opt_state: PyTree
+    step: Int[Array, ""]
+
+    @staticmethod
+    def init(model: GPT, optimizer: optax.GradientTransformation) -> "TrainState":
+        return TrainState(model, optimizer.init(model), jnp.zeros((), jnp.int32))
+
+
+class Gradients(eqx.Module):
+    """Sums over the micro-batches so far."""
+
+    loss: Scalar
+    model: GPT
+    count: Int[Array, ""]
+
+    @staticmethod
+    def zero(model: GPT) -> "Gradients":
+        return Gradients(
+            jnp.zeros((), jnp.float32),
+            jax.tree.map(jnp.zeros_like, model),
+            jnp.zeros((), jnp.int32),
+        )
+
+
+class StepMetrics(eqx.Module):
+    """Of one step: the loss before it in nats a token, the gradient's norm before clipping."""
+
+    loss: Scalar
+    grad_norm: Scalar
+
+
+class Recipe(eqx.Module):
+    """What stays fixed over a run: the update rule, the dtype of the products, the randomness."""
+
+    optimizer: optax.GradientTransformation = eqx.field(static=True)
+    dtype: DTypeLike = eqx.field(static=True)
+    key: PRNGKey
+
+
+def check_windows(windows: Array, config: GPTConfig, rank: int) -> None:
+    """A clear error for a batch that the step cannot take; see `train_step` for the shape."""
+    if not jnp.issubdtype(windows.dtype, jnp.integer):
+        raise TypeError(f"a batch must be integers, token ids, got {windows.dtype}")
+    if windows.ndim != rank:
+        raise ValueError(f"a batch must have {rank} dimensions here, got shape {windows.shape}")
+    if windows.shape[-1] < 2:
+        raise ValueError(f"windows of {windows.shape[-1]} tokens have nothing to predict")
+    if windows.shape[-1] > config.block_size + 1:
+        raise ValueError(
+            f"windows of {windows.shape[-1]} tokens exceed block_size + 1 = "
+            f"{config.block_size + 1}: the inputs and, one further, the targets"
+        )
+
+
+@eqx.filter_jit(donate="all-except-first")
+def train_step(
+    inputs: tuple[Recipe, Int[Array, "accum micro seq_plus_1"]], state: TrainState
+) -> tuple[TrainState, StepMetrics]:
+    """A whole step. `windows` hold the inputs and, one further, the targets. Donates `state`.
+
+    **Raises:** TypeError or ValueError for windows of the wrong dtype, rank or length.
+    """
+    recipe, windows = inputs
+    check_windows(windows, state.model.config, rank=3)
+
+    def add(gradients: Gradients, micro: Int[Array, "micro seq_plus_1"]) -> tuple[Gradients, None]:
+        return _add(recipe, micro, state, gradients), None
+
+    gradients, _ = lax.scan(add, Gradients.zero(state.model), windows)
+    return _apply(recipe, gradients, state)
+
+
+@eqx.filter_jit(donate="all-except-first")
+def add_gradients(
+    inputs: tuple[Recipe, Int[Array, "micro seq_plus_1"], TrainState], gradients: Gradients
+) -> Gradients:
+    """Add one micro-batch. Donates `gradients`, which start as `Gradients.zero(model)`."""
+    recipe, windows, state = inputs
+    check_windows(windows, state.model.config, rank=2)
+    return _add(recipe, windows, state, gradients)
+
+
+@eqx.filter_jit(donate="all-except-first")
+def apply_gradients(
+    recipe: Recipe, gradients: Gradients, state: TrainState
+) -> tuple[TrainState, StepMetrics]:
+    """End a step with the mean of the gradients added. Donates both."""
+    return _apply(recipe, gradients, state)
+
+
+@eqx.filter_jit
+def eval_step(model: GPT, windows: Int[Array, "micro seq_plus_1"], dtype: DTypeLike) -> Scalar:
+    """The loss without dropout."""
+    return next_token_loss(model, windows, dtype=dtype)
+
+
+def _add(recipe: Recipe, windows: Array, state: TrainState, gradients: Gradients) -> Gradients:
+    key = None
+    if state.model.config.dropout > 0:
+        # A function of (seed, step, micro-batch): nothing random has to be saved.
+        key = jax.random.fold_in(jax.random.fold_in(recipe.key, state.step), gradients.count)
+    loss_fn = eqx.filter_value_and_grad(next_token_loss)
+    loss, grads = loss_fn(state.model, windows, dtype=recipe.dtype, key=key)
+    return Gradients(
+        gradients.loss + loss,
+        jax.tree.map(jnp.add, gradients.model, grads),
+        gradients.count + 1,
+    )
+
+
+def _apply(
+    recipe: Recipe, gradients: Gradients, state: TrainState
+) -> tuple[TrainState, StepMetrics]:
+    count = gradients.count.astype(jnp.float32)
+    grads = jax.tree.map(lambda g: g / count, gradients.model)
+    updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.model)
+    model = eqx.apply_updates(state.model, updates)
+    metrics = StepMetrics(gradients.loss / count, optax.global_norm(grads))
+    return TrainState(model, opt_state, state.step + 1), metrics
