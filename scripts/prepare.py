@@ -1,0 +1,80 @@
+"""Prepares a dataset: token files in data/<name>/, in nanoGPT's format, with a meta.json."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+# `scripts/` comes first otherwise, and `scripts/train.py` would hide the package `train`.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import tyro  # noqa: E402
+
+from train.datasets import prepare  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Prepares a dataset for training: data/<name>/{train.bin,val.bin,meta.json}.
+
+    shakespeare_char, shakespeare: tiny Shakespeare (1.1 MB), as characters or in GPT-2's BPE.
+
+    openwebtext, fineweb_edu: web text (9 and 10 billion tokens) through the `datasets` library.
+
+    stdlib: source and documentation of the Python standard library (no network).
+
+    text: your own files, for example `text --files A.txt B/ --name mine`.
+    """
+
+    dataset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET")]
+    """shakespeare_char, shakespeare, openwebtext, fineweb_edu, stdlib or text."""
+    data_dir: Path = Path("data")
+    """Folder that holds the datasets."""
+    name: str | None = None
+    """Name of the dataset's folder. By default the name of the dataset; text needs one."""
+    source: Path | None = None
+    """A local copy instead of a download: of tiny Shakespeare, or for openwebtext and fineweb_edu
+    a parquet file with a column `text`, or a folder of them."""
+    files: tuple[Path, ...] = ()
+    """For text: UTF-8 files, or folders of them."""
+    tokenizer: str | None = None
+    """For text, openwebtext, fineweb_edu: gpt2 (default), a tokenizer.json; for text also char."""
+    val_fraction: float | None = None
+    """Part held out for validation. By default 0.1 of each file, or 0.0005 of web documents."""
+    num_proc: int | None = None
+    """Number of processes (or threads). By default one a CPU. Changes nothing in the result."""
+    overwrite: bool = False
+    """True replaces a dataset of the same name that was made of other inputs."""
+
+
+def main() -> int:
+    options = tyro.cli(
+        Arguments,
+        config=(tyro.conf.FlagConversionOff, tyro.conf.DisallowNone),
+        use_underscores=True,
+    )
+    try:
+        manifest = prepare(
+            options.dataset,
+            options.data_dir,
+            name=options.name,
+            source=options.source,
+            files=options.files,
+            tokenizer=options.tokenizer,
+            val_fraction=options.val_fraction,
+            num_proc=options.num_proc,
+            overwrite=options.overwrite,
+        )
+    except KeyboardInterrupt:
+        print("interrupted; the same command takes it up again", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"prepare: {error}", file=sys.stderr)
+        return 2
+    for split, counted in manifest.splits.items():
+        print(f"{manifest.directory}/{split}.bin: {counted.tokens:,} tokens", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
