@@ -7,7 +7,7 @@ plain line, `iter 10/2000 loss 2.1034 ...`, without control characters.
 import sys
 import time
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import rich.console
 import rich.progress
@@ -31,7 +31,7 @@ class Display:
             )
             self._task = self._bar.add_task("starting", total=max_iters)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Display":
         if self._bar is not None:
             self._bar.start()
         return self

@@ -1,5 +1,6 @@
 """AdamW with clipping and nanoGPT's schedule, from optax."""
 
+import jax
 import optax
 from jaxtyping import PyTree
 
@@ -34,6 +35,16 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         weight_decay=config.weight_decay,
         mask=decays,
     )
-    if config.grad_clip == 0:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.grad_clip), adamw)
+    clip = (
+        optax.identity() if config.grad_clip == 0 else optax.clip_by_global_norm(config.grad_clip)
+    )
+    optimizer = optax.chain(clip, adamw)
+
+    def update(
+        grads: PyTree, state: optax.OptState, model: PyTree | None = None
+    ) -> tuple[PyTree, optax.OptState]:
+        # optax multiplies floats by its int32 count of steps.
+        with jax.numpy_dtype_promotion("standard"):
+            return optimizer.update(grads, state, model)
+
+    return optax.GradientTransformation(optimizer.init, update)

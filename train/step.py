@@ -80,7 +80,7 @@ def check_windows(windows: Array, config: GPTConfig, rank: int) -> None:
 
 @eqx.filter_jit(donate="all-except-first")
 def train_step(
-    inputs: tuple[Recipe, Int[Array, "accum micro seq_plus_1"]], state: TrainState
+    inputs: tuple[Recipe, Array], state: TrainState
 ) -> tuple[TrainState, StepMetrics]:
     """A whole step. `windows` hold the inputs and, one further, the targets. Donates `state`.
 
@@ -98,7 +98,7 @@ def train_step(
 
 @eqx.filter_jit(donate="all-except-first")
 def add_gradients(
-    inputs: tuple[Recipe, Int[Array, "micro seq_plus_1"], TrainState], gradients: Gradients
+    inputs: tuple[Recipe, Array, TrainState], gradients: Gradients
 ) -> Gradients:
     """Add one micro-batch. Donates `gradients`, which start as `Gradients.zero(model)`."""
     recipe, windows, state = inputs
@@ -141,5 +141,5 @@ def _apply(
     grads = jax.tree.map(lambda g: g / count, gradients.model)
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.model)
     model = eqx.apply_updates(state.model, updates)
-    metrics = StepMetrics(gradients.loss / count, optax.global_norm(grads))
+    metrics = StepMetrics(gradients.loss / count, optax.tree.norm(grads))
     return TrainState(model, opt_state, state.step + 1), metrics

@@ -46,8 +46,9 @@ def _forward(hidden: Array, weight: Array, targets: Array) -> tuple[Scalar, tupl
         total = total + _sum_of_losses(logits, y, mask)
         # The target is subtracted before any rounding, so that a confident prediction keeps the
         # digits of its small gradient.
-        one_hot = y[:, None] == jnp.arange(weight.shape[0])[None, :]
-        d_logits = (jax.nn.softmax(logits) - one_hot) * (mask / targets.size)[:, None]
+        one_hot = (y[:, None] == jnp.arange(weight.shape[0])[None, :]).astype(jnp.float32)
+        share = (mask / targets.size)[:, None]
+        d_logits = (jax.nn.softmax(logits) - one_hot) * share
         d_logits = d_logits.astype(weight.dtype)
         d_weight = d_weight + jnp.einsum(
             "tv,td->vd", d_logits, x, preferred_element_type=jnp.float32
