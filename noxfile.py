@@ -1,0 +1,49 @@
+"""What proves the project right: `nox -s tests`, `nox -s lint`, `nox -s parity`, `nox -s wheel`."""
+
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "virtualenv"
+nox.options.sessions = ["tests", "lint", "parity", "wheel"]
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The tests that need nothing but this repository."""
+    session.install("-e", ".[tests]")
+    session.run("pytest", "--ignore=tests/parity", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and types."""
+    session.install("-e", ".[tests,lint]", "nox")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("basedpyright")
+
+
+@nox.session
+def parity(session: nox.Session) -> None:
+    """Agreement with torch and transformers."""
+    session.install("torch==2.13.0", "transformers>=5.0")
+    session.install("-e", ".[tests]")
+    session.run("pytest", "tests/parity", *session.posargs)
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """The built wheel installs and imports by itself, its package data included."""
+    work = Path(session.create_tmp())
+    session.run("pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(work), ".")
+    newest = max(work.glob("eqx_gpt-*.whl"), key=lambda path: path.stat().st_mtime)
+    session.install(str(newest.resolve()))
+    session.chdir(work)
+    program = (
+        "import eqx_gpt, train, weights, eqx_gpt.tokenizer as t\n"
+        "assert 'site-packages' in eqx_gpt.__file__, eqx_gpt.__file__\n"
+        "assert t.GPT2Tokenizer().decode([15496, 995]) == 'Hello world'\n"
+        "print('eqx_gpt', eqx_gpt.__version__, 'imports from its wheel')"
+    )
+    session.run("python", "-c", program)
