@@ -1,0 +1,6 @@
+"""Models in and out: the Hugging Face layout, the hub, run directories."""
+
+from weights.errors import WeightsError as WeightsError
+from weights.load import from_pretrained as from_pretrained
+from weights.save import save_pretrained as save_pretrained
+from weights.tokenizer import load_tokenizer as load_tokenizer

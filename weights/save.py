@@ -1,0 +1,189 @@
+"""Models to files: `save_pretrained`."""
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from eqx_gpt.config import did_you_mean
+from eqx_gpt.gpt import GPT
+from eqx_gpt.tokenizer import Tokenizer
+from eqx_gpt.tree import named_arrays
+from weights.errors import WeightsError
+from weights.families import family_for
+from weights.family import to_hf
+from weights.load import DType, skeleton
+from weights.tensors import DTYPES
+from weights.tokenizer import write_tokenizer
+
+INDEX = "model.safetensors.index.json"
+WRITTEN_HERE = re.compile(
+    r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors|"
+    r"model\.safetensors\.index\.json|tokenizer(_config|_spec)?\.json"
+)
+
+
+def save_pretrained(
+    model: GPT,
+    directory: str | Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    dtype: DType | None = None,
+    max_shard_bytes: int | float = 5e9,
+) -> None:
+    """Writes a model as a directory that transformers' `AutoModelForCausalLM` loads.
+
+    The directory is there whole or not at all. One that is there already is replaced only if it
+    holds nothing but what this function writes.
+
+    Biases that the architecture has and the model lacks are written as zeros; padding rows of the
+    vocabulary are not written.
+
+    **Arguments:**
+
+    - `tokenizer`: GPT-2's or a JSONTokenizer is written for `AutoTokenizer`; any other, such as
+      characters, as `tokenizer_spec.json`, which only `load_tokenizer` reads.
+    - `dtype`: of every tensor in the file; None is the dtype of the token embedding.
+    - `max_shard_bytes`: a larger model is split into files of at most that size (and at least
+      one tensor each).
+
+    **Raises:** WeightsError if no Hugging Face architecture holds the model, with what is in the
+    way; if the tokenizer has more tokens than the model; if the directory holds other things.
+    """
+    target = check_target(directory)
+    family, config = family_for(model.config)
+    dtype_name = model.wte.weight.dtype.name if dtype is None else dtype
+    if dtype_name not in DTYPES.values():
+        raise WeightsError(
+            f"dtype {dtype_name!r} cannot be written; {did_you_mean(dtype_name, DTYPES.values())}"
+        )
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise WeightsError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}; "
+            "give the tokenizer that the model was trained with"
+        )
+    held = named_arrays(skeleton(config, dtype_name))
+    ours = named_arrays(model)
+    tensors: dict[str, np.ndarray] = {}
+    for rule in family.key_map(config).all_rules(config.head):
+        shape = held[rule.leaf].shape
+        if rule.leaf in ours:
+            # Only tables of the vocabulary have more rows than the file.
+            leaf = np.asarray(ours[rule.leaf])[: shape[0]]
+        else:
+            leaf = np.broadcast_to(np.zeros((), jnp.dtype(dtype_name)), shape)
+        tensors |= rule.views(leaf)
+    end = _end_of_text(tokenizer, family.model_type, config.vocab_size)
+    special = {"bos_token_id": end, "eos_token_id": end}
+    described = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "dtype": dtype_name,
+        **to_hf(family, config),
+        **special,
+    }
+    with _replacing(target) as partial:
+        _write_json(partial / "config.json", described)
+        _write_json(partial / "generation_config.json", special)
+        _write_shards(tensors, partial, jnp.dtype(dtype_name), max_shard_bytes)
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, partial, config.block_size)
+
+
+def check_target(directory: str | Path) -> Path:
+    """Where a model may be written. WeightsError if that would destroy something else."""
+    target = Path(directory).expanduser().resolve()
+    if target.is_dir():
+        foreign = [p.name for p in target.iterdir() if not WRITTEN_HERE.fullmatch(p.name)]
+        if foreign:
+            raise WeightsError(
+                f"{target} holds {foreign[0]!r}, which is no file of a saved model, and is not "
+                "replaced; give another directory or move that file away"
+            )
+    elif target.exists():
+        raise WeightsError(f"{target} is a file; give a directory")
+    return target
+
+
+def _end_of_text(tokenizer: Tokenizer | None, model_type: str, vocab_size: int) -> int | None:
+    if tokenizer is not None:
+        return tokenizer.end_of_text
+    return 50256 if (model_type, vocab_size) == ("gpt2", 50257) else None
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+
+
+def _write_shards(
+    tensors: dict[str, np.ndarray], directory: Path, dtype: np.dtype, max_bytes: int | float
+) -> None:
+    """One file, or several and their index. Each is cast and laid out only when written."""
+    from safetensors.numpy import save_file
+
+    shards: list[dict[str, np.ndarray]] = [{}]
+    room = max_bytes
+    for key, view in tensors.items():
+        n_bytes = view.size * dtype.itemsize
+        if n_bytes > room and shards[-1]:
+            shards.append({})
+            room = max_bytes
+        shards[-1][key] = view
+        room -= n_bytes
+    index: dict[str, str] = {}
+    for i, shard in enumerate(shards):
+        one = len(shards) == 1
+        name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        name = "model.safetensors" if one else name
+        index |= dict.fromkeys(shard, name)
+        laid_out = {key: np.ascontiguousarray(v, dtype) for key, v in shard.items()}
+        save_file(laid_out, directory / name, metadata={"format": "pt"})
+        # The library makes its files readable to their owner alone.
+        shutil.copymode(directory / "config.json", directory / name)
+    if len(shards) > 1:
+        total = sum(view.size for view in tensors.values()) * dtype.itemsize
+        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A directory beside `target` to write into, which takes its place if all went well."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unique = uuid.uuid4().hex
+    partial, old = (target.with_name(f".{target.name}.{kind}-{unique}") for kind in ("new", "old"))
+    partial.mkdir()
+    try:
+        yield partial
+        for path in partial.iterdir():
+            _sync(path)
+        _sync(partial)
+        if target.exists():
+            os.rename(target, old)
+        try:
+            os.rename(partial, target)
+        except OSError:
+            if old.exists():
+                os.rename(old, target)
+            raise
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Onto the disk, against a power cut. Windows can do it to no directory."""
+    if os.name == "posix" or path.is_file():
+        descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
