@@ -265,6 +265,19 @@ def tokenizer_from_spec(spec: Mapping[str, Any]) -> Tokenizer:
             )
 
 
+def same_tokens(a: Tokenizer, b: Tokenizer) -> bool:
+    """Whether ids mean the same text in both, also where the two are described differently.
+
+    Judged by some thousand ids over the whole vocabulary.
+    """
+    if fingerprint(a) == fingerprint(b):
+        return True
+    if a.vocab_size != b.vocab_size:
+        return False
+    ids = range(0, a.vocab_size, max(1, a.vocab_size // 2000))
+    return all(a.decode([i]) == b.decode([i]) for i in ids)
+
+
 def fingerprint(tokenizer: Tokenizer) -> str:
     """sha256 of the spec's canonical JSON: equal exactly where two tokenizers are the same."""
     canonical = json.dumps(tokenizer.spec(), sort_keys=True, separators=(",", ":"))

@@ -11,7 +11,7 @@ from typing import Literal
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from scripts.common import model_source, parse, run_command  # noqa: E402
-from train.manifest import Manifest  # noqa: E402
+from train.manifest import Manifest, check_same_tokenizer  # noqa: E402
 from train.presets import get_preset  # noqa: E402
 from train.progress import reporting  # noqa: E402
 from train.run import run_config  # noqa: E402
@@ -38,7 +38,7 @@ class Arguments:
     block_size: int | None = None
     """Tokens in a block; no token sees beyond its own. None: the model's block_size."""
     batch_size: int = 8
-    """Blocks run at once; changes nothing in the result."""
+    """Blocks run at once."""
 
 
 def main() -> int:
@@ -55,18 +55,14 @@ def main() -> int:
 
     import jax.numpy as jnp
 
-    from eqx_gpt.tokenizer import fingerprint
     from train.evaluate import split_loss
 
     model, tokenizer = source()
-    if fingerprint(tokenizer) != data.tokenizer_fingerprint:
-        raise ValueError(
-            f"dataset {dataset!r} was made with another tokenizer (fingerprint "
-            f"{data.tokenizer_fingerprint[:12]}) than the model's ({fingerprint(tokenizer)[:12]})"
-        )
-    block_size = options.block_size or model.config.block_size
-    if block_size > model.config.block_size:
-        raise ValueError(f"block_size={block_size} exceeds the model's {model.config.block_size}")
+    check_same_tokenizer(data, tokenizer)
+    longest = model.config.block_size
+    block_size = longest if options.block_size is None else options.block_size
+    if not 1 <= block_size <= longest:
+        raise ValueError(f"block_size={block_size} is outside 1 to the model's {longest}")
     tokens = data.tokens(options.split)
     with reporting(f"evaluating {dataset}/{options.split}", len(tokens) - 1, "tokens") as update:
         loss, count = split_loss(

@@ -10,6 +10,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import tyro  # noqa: E402
 
+from scripts.common import parse, run_command  # noqa: E402
 from train.datasets import prepare  # noqa: E402
 
 
@@ -48,33 +49,16 @@ class Arguments:
 
 
 def main() -> int:
-    options = tyro.cli(
-        Arguments,
-        config=(tyro.conf.FlagConversionOff, tyro.conf.DisallowNone),
-        use_underscores=True,
-    )
+    options = vars(parse(Arguments))
     try:
-        manifest = prepare(
-            options.dataset,
-            options.data_dir,
-            name=options.name,
-            source=options.source,
-            files=options.files,
-            tokenizer=options.tokenizer,
-            val_fraction=options.val_fraction,
-            num_proc=options.num_proc,
-            overwrite=options.overwrite,
-        )
+        manifest = prepare(options.pop("dataset"), options.pop("data_dir"), **options)
     except KeyboardInterrupt:
         print("interrupted; the same command takes it up again", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
-        print(f"prepare: {error}", file=sys.stderr)
-        return 2
     for split, counted in manifest.splits.items():
         print(f"{manifest.directory}/{split}.bin: {counted.tokens:,} tokens", file=sys.stderr)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

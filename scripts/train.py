@@ -14,7 +14,7 @@ import tyro  # noqa: E402
 
 from scripts.common import parse, run_command  # noqa: E402
 from train.config import TrainConfig  # noqa: E402
-from train.manifest import Manifest  # noqa: E402
+from train.manifest import Manifest, check_same_tokenizer  # noqa: E402
 from train.presets import PRESETS  # noqa: E402
 from train.resolve import Wishes, base_config, open_data  # noqa: E402
 from train.run import has_checkpoint  # noqa: E402
@@ -51,10 +51,14 @@ def main() -> int:
     # jax is imported from here on: a mistyped flag need not wait for it.
     from train.loop import train
     from weights import from_pretrained
+    from weights.tokenizer import find_tokenizer
 
     started = resume and has_checkpoint(config.out_dir)
     fresh = started or config.init_from == "scratch"
     pretrained = None if fresh else from_pretrained(config.init_from)
+    tokenizer = None if fresh else find_tokenizer(config.init_from)
+    if tokenizer is not None:
+        check_same_tokenizer(data, tokenizer)
     outcome = train(config, data, pretrained=pretrained, resume=resume)
     return EXIT_CODES.get(outcome.interrupted_by or "", 0)
 

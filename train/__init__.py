@@ -1,0 +1,1 @@
+"""Training over a model: data, step, loop, checkpoints."""

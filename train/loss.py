@@ -22,6 +22,6 @@ def next_token_loss(
     The model computes in `dtype` with a copy of its weights; gradients reach the weights
     themselves. `key` None means no dropout.
     """
-    computing = model if dtype == jnp.float32 else cast(model, dtype)
+    computing = model if jnp.dtype(dtype) == jnp.float32 else cast(model, dtype)
     hidden, _ = computing.hidden(windows[..., :-1], key=key)
     return cross_entropy(hidden, computing.head_weight, windows[..., 1:])

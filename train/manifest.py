@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from eqx_gpt.tokenizer import Tokenizer, fingerprint, tokenizer_from_spec
+from eqx_gpt.tokenizer import Tokenizer, fingerprint, same_tokens, tokenizer_from_spec
 
 FORMAT_VERSION = 1
 HASH_LIMIT_BYTES = 256 * 2**20
@@ -163,6 +163,17 @@ class DatasetWriter:
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def check_same_tokenizer(data: Manifest, tokenizer: Tokenizer) -> None:
+    """DatasetError if a model with this tokenizer would take the dataset's ids for other text."""
+    if not same_tokens(data.tokenizer(), tokenizer):
+        raise DatasetError(
+            f"dataset {data.name!r} was made with another tokenizer ({data.vocab_size} tokens, "
+            f"fingerprint {data.tokenizer_fingerprint[:12]}) than the model's "
+            f"({tokenizer.vocab_size} tokens, fingerprint {fingerprint(tokenizer)[:12]}); prepare "
+            "the dataset with the model's tokenizer"
+        )
 
 
 def dtype_for(vocab_size: int) -> TokenDType:

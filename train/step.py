@@ -79,9 +79,7 @@ def check_windows(windows: Array, config: GPTConfig, rank: int) -> None:
 
 
 @eqx.filter_jit(donate="all-except-first")
-def train_step(
-    inputs: tuple[Recipe, Array], state: TrainState
-) -> tuple[TrainState, StepMetrics]:
+def train_step(inputs: tuple[Recipe, Array], state: TrainState) -> tuple[TrainState, StepMetrics]:
     """A whole step. `windows` hold the inputs and, one further, the targets. Donates `state`.
 
     **Raises:** TypeError or ValueError for windows of the wrong dtype, rank or length.
@@ -97,9 +95,7 @@ def train_step(
 
 
 @eqx.filter_jit(donate="all-except-first")
-def add_gradients(
-    inputs: tuple[Recipe, Array, TrainState], gradients: Gradients
-) -> Gradients:
+def add_gradients(inputs: tuple[Recipe, Array, TrainState], gradients: Gradients) -> Gradients:
     """Add one micro-batch. Donates `gradients`, which start as `Gradients.zero(model)`."""
     recipe, windows, state = inputs
     check_windows(windows, state.model.config, rank=2)
