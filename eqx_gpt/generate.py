@@ -6,12 +6,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from eqx_gpt.cache import KVCache
 from eqx_gpt.gpt import GPT, check_tokens
-from eqx_gpt.shapes import PRNGKey, Tokens
+from eqx_gpt.shapes import PRNGKey, Tokens, TokensLike
 
 
 class Sampler(eqx.Module):
@@ -67,7 +66,7 @@ class Sampler(eqx.Module):
 
 def generate(
     model: GPT,
-    tokens: ArrayLike,
+    tokens: TokensLike,
     max_new_tokens: int = 32,
     *,
     key: PRNGKey | None = None,
@@ -96,7 +95,7 @@ def generate(
     sampler setting outside its range, a missing key or a stop token outside the vocabulary.
     """
     config = model.config
-    window = check_tokens(_last(tokens, config.block_size), config)
+    prompt = check_tokens(tokens, config, any_length=True)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be 0 or above, got {max_new_tokens}")
     if key is None and temperature != 0:
@@ -105,16 +104,12 @@ def generate(
         if not 0 <= token < config.vocab_size:
             raise ValueError(f"stop token {token} is outside 0 to {config.vocab_size - 1}")
     sampler = Sampler.init(temperature, top_k, top_p, min_p)
-    prompt = jnp.asarray(tokens, jnp.int32)
     if max_new_tokens == 0:
         return prompt
     key = jax.random.key(0) if key is None else key
+    window = prompt[..., -config.block_size :]
     new = _continue(model, window, key, sampler, max_new_tokens, tuple(stop))
     return jnp.concatenate([prompt, new], axis=-1)
-
-
-def _last(tokens: ArrayLike, n: int) -> ArrayLike:
-    return jnp.asarray(tokens)[..., -n:] if jnp.ndim(tokens) else tokens
 
 
 @eqx.filter_jit

@@ -6,7 +6,6 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from eqx_gpt.cache import KVCache
@@ -16,7 +15,7 @@ from eqx_gpt.layers.linear import Embedding, Linear
 from eqx_gpt.layers.norm import Norm
 from eqx_gpt.ops.dropout import dropout
 from eqx_gpt.ops.matmul import linear
-from eqx_gpt.shapes import Hidden, Logits, PRNGKey, Tokens
+from eqx_gpt.shapes import Hidden, Logits, PRNGKey, Tokens, TokensLike
 from eqx_gpt.tree import named_arrays, with_arrays
 
 
@@ -54,7 +53,7 @@ class GPT(eqx.Module):
             config,
         )
 
-    def __call__(self, tokens: ArrayLike, *, key: PRNGKey | None = None) -> Logits:
+    def __call__(self, tokens: TokensLike, *, key: PRNGKey | None = None) -> Logits:
         """Logits of the next token at every position.
 
         **Arguments:**
@@ -72,7 +71,7 @@ class GPT(eqx.Module):
         hidden, _ = self.hidden(check_tokens(tokens, self.config), key=key)
         return self.unembed(hidden)
 
-    def extend(self, tokens: ArrayLike, cache: KVCache) -> tuple[Logits, KVCache]:
+    def extend(self, tokens: TokensLike, cache: KVCache) -> tuple[Logits, KVCache]:
         """Logits of `tokens` that continue the sequences in `cache`, and the longer cache.
 
         The caller keeps `cache.length + seq` within the cache's capacity: inside jit it cannot
@@ -133,21 +132,21 @@ class GPT(eqx.Module):
         return carry
 
 
-def check_tokens(tokens: ArrayLike, config: GPTConfig) -> Tokens:
+def check_tokens(tokens: TokensLike, config: GPTConfig, *, any_length: bool = False) -> Tokens:
     """Tokens as int32, or an error that says what is wrong with them (see `GPT.__call__`)."""
+    shape = np.shape(tokens)
+    if shape[-1:] == (0,):  # first, since an empty list has no integer dtype
+        raise ValueError(f"tokens of shape {shape} are empty; give at least one token a sequence")
     dtype = getattr(tokens, "dtype", None) or np.asarray(tokens).dtype
     if not jnp.issubdtype(dtype, jnp.integer):
         raise TypeError(
             f"tokens must be integers, got {dtype}; give token ids, for example from a tokenizer"
         )
-    shape = np.shape(tokens)
     if not shape:
         raise ValueError(
             "tokens must have shape (*batch, seq), got a scalar; for one token give tokens[None]"
         )
-    if shape[-1] == 0:
-        raise ValueError(f"tokens of shape {shape} are empty; give at least one token a sequence")
-    if shape[-1] > config.block_size:
+    if shape[-1] > config.block_size and not any_length:
         raise ValueError(
             f"tokens of shape {shape} are {shape[-1]} long; this model takes at most "
             f"block_size={config.block_size}; give the last {config.block_size}, "

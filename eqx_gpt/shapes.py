@@ -16,9 +16,14 @@
 In the train step: `accum` micro-batches, each of `micro` sequences.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
 Tokens = Int[Array, "*batch seq"]
+TokensLike = ArrayLike | Sequence[Any]  # lists too; `check_tokens` refuses what is not tokens
 Hidden = Float[Array, "*batch seq d_model"]
 Logits = Float[Array, "*batch seq vocab"]
 Scalar = Float[Array, ""]

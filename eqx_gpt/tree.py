@@ -31,8 +31,10 @@ def named_arrays(tree: PyTree) -> dict[str, Any]:
 def with_arrays(tree: PyTree, arrays: Mapping[str, Any]) -> PyTree:
     """The tree with the arrays of `named_arrays` replaced.
 
-    KeyError if a name is missing, ValueError if a shape differs.
+    KeyError if a name is missing or is not the tree's, ValueError if a shape differs.
     """
+    for name in arrays.keys() - named_arrays(tree).keys():
+        raise KeyError(name)
 
     def replaced(path: tuple[Any, ...], leaf: Any) -> Any:
         if not _is_array(leaf):

@@ -18,9 +18,10 @@ T = TypeVar("T")
 
 def parse(arguments: type[T], default: T | None = None) -> T:
     """The command line as a dataclass: `--a_b 1`, `--a_b=1` or `--a-b 1`; booleans take a value."""
-    given = {} if default is None else {"default": default}
     config = (tyro.conf.FlagConversionOff,)
-    return tyro.cli(arguments, config=config, use_underscores=True, **given)
+    if default is None:
+        return tyro.cli(arguments, config=config, use_underscores=True)
+    return tyro.cli(arguments, default=default, config=config, use_underscores=True)
 
 
 def model_source(init_from: str, out_dir: str) -> "Callable[[], tuple[GPT, Tokenizer]]":

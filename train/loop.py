@@ -278,7 +278,7 @@ class Trainer:
         record = {
             "iter": step,
             "train_loss": float(metrics.loss),
-            "lr": float(self.learning_rate(step)),
+            "lr": float(jnp.asarray(self.learning_rate(step))),
             "grad_norm": float(metrics.grad_norm),
             "tokens_per_s": tokens_per_s,
             "mfu": self._mfu(tokens_per_s),

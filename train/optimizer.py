@@ -41,10 +41,10 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     optimizer = optax.chain(clip, adamw)
 
     def update(
-        grads: PyTree, state: optax.OptState, model: PyTree | None = None
+        updates: PyTree, state: optax.OptState, params: PyTree | None = None
     ) -> tuple[PyTree, optax.OptState]:
         # optax multiplies floats by its int32 count of steps.
         with jax.numpy_dtype_promotion("standard"):
-            return optimizer.update(grads, state, model)
+            return optimizer.update(updates, state, params)
 
     return optax.GradientTransformation(optimizer.init, update)

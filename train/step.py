@@ -6,6 +6,8 @@ scans over them inside one program. From the host, `add_gradients` runs one micr
 and be interrupted between two of them. Both give the same step, to rounding.
 """
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -29,7 +31,8 @@ class TrainState(eqx.Module):
 
     @staticmethod
     def init(model: GPT, optimizer: optax.GradientTransformation) -> "TrainState":
-        return TrainState(model, optimizer.init(model), jnp.zeros((), jnp.int32))
+        params: Any = model  # any PyTree; optax's annotation knows fewer
+        return TrainState(model, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
 class Gradients(eqx.Module):
@@ -135,7 +138,8 @@ def _apply(
 ) -> tuple[TrainState, StepMetrics]:
     count = gradients.count.astype(jnp.float32)
     grads = jax.tree.map(lambda g: g / count, gradients.model)
-    updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.model)
+    params: Any = state.model
+    updates, opt_state = recipe.optimizer.update(grads, state.opt_state, params)
     model = eqx.apply_updates(state.model, updates)
     metrics = StepMetrics(gradients.loss / count, optax.tree.norm(grads))
     return TrainState(model, opt_state, state.step + 1), metrics

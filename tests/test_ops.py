@@ -1,0 +1,309 @@
+"""The numeric kernels and the small layers against float64 NumPy."""
+
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from eqx_gpt.config import NormConfig
+from eqx_gpt.layers.linear import Embedding, Linear
+from eqx_gpt.layers.mlp import ACTIVATIONS
+from eqx_gpt.layers.norm import Norm
+from eqx_gpt.layers.rope import rotate
+from eqx_gpt.ops import cross_entropy as cross_entropy_module
+from eqx_gpt.ops.attention import causal_attention
+from eqx_gpt.ops.cross_entropy import cross_entropy
+from eqx_gpt.ops.dropout import dropout
+from eqx_gpt.ops.matmul import linear
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation() -> Iterator[None]:
+    """Compiling takes the time here, not running."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+BF16 = 2.0**-8  # the largest relative error of one rounding to bfloat16
+
+
+def normal(seed: int, *shape: int, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def f64(x: jax.Array) -> np.ndarray:
+    return np.asarray(x, np.float64)
+
+
+def check(found: jax.Array, expected: np.ndarray, bound: float) -> None:
+    """No element is off by more than `bound` times the largest."""
+    assert found.shape == expected.shape
+    assert np.abs(f64(found) - expected).max() <= bound * np.abs(expected).max()
+
+
+# Attention
+
+SEQ, WIDTH = 5, 7
+
+
+def attention_inputs(
+    batch: tuple[int, ...], head: int, kv_head: int, cache: int, dtype: jnp.dtype = jnp.float32
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return (
+        normal(0, *batch, SEQ, head, WIDTH, dtype=dtype),
+        normal(1, *batch, cache, kv_head, WIDTH, dtype=dtype),
+        normal(2, *batch, cache, kv_head, WIDTH, dtype=dtype),
+    )
+
+
+@pytest.mark.parametrize(
+    ("batch", "head", "kv_head", "offset", "cache"),
+    [
+        ((), 3, 3, 0, SEQ),
+        ((2,), 6, 2, 0, SEQ),  # grouped
+        ((2, 3), 3, 1, 4, 4 + SEQ),  # multi-query, after four cached positions
+        ((2,), 6, 3, 2, 11),  # the cache has room left, which nobody may see
+    ],
+)
+def test_attention_and_its_gradients(
+    batch: tuple[int, ...], head: int, kv_head: int, offset: int, cache: int
+) -> None:
+    q, k, v = attention_inputs(batch, head, kv_head, cache)
+    g = normal(3, *q.shape)
+
+    @jax.jit
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, offset: jax.Array) -> tuple:
+        out, pull = jax.vjp(lambda q, k, v: causal_attention(q, k, v, offset=offset), q, k, v)
+        return out, *pull(g)
+
+    found = run(q, k, v, g, jnp.asarray(offset, jnp.int32))
+    for index in np.ndindex(*batch):
+        one = [f64(x[index]) for x in (q, k, v)]
+        gradients = reference.attention_gradients(*one, f64(g[index]), offset)
+        for x, expected in zip(found, (reference.attention(*one, offset), *gradients), strict=True):
+            check(x[index], expected, 2e-6)
+
+
+def test_attention_offset_may_be_a_plain_number() -> None:
+    q, k, v = attention_inputs((), 3, 3, 2 + SEQ)
+    expected = reference.attention(f64(q), f64(k), f64(v), 2)
+    check(jax.jit(lambda q, k, v: causal_attention(q, k, v, offset=2))(q, k, v), expected, 1e-6)
+
+
+def test_attention_with_extreme_scores() -> None:
+    q, k, v = attention_inputs((), 3, 3, SEQ)
+    q, k = 100 * q, 100 * k
+    check(causal_attention(q, k, v), reference.attention(f64(q), f64(k), f64(v)), 1e-3)
+
+
+def test_attention_in_bfloat16() -> None:
+    """Two roundings of the result: of the softmax, and of the output."""
+    q, k, v = attention_inputs((17,), 6, 2, SEQ, jnp.bfloat16)
+    q = 32 * q  # scores so large that a rounding of them would show
+    out = causal_attention(q, k, v)
+    assert out.dtype == jnp.bfloat16
+    expected = [reference.attention(*(f64(x[i]) for x in (q, k, v))) for i in range(17)]
+    check(out, np.stack(expected), 2 * BF16)
+
+
+def test_attention_dropout_scales_or_drops_each_weight() -> None:
+    """Values that are the rows of the identity make the outputs the weights themselves."""
+    q, k = normal(0, 101, WIDTH, 6, WIDTH), normal(1, 101, WIDTH, 2, WIDTH)
+    identity = jnp.eye(WIDTH, dtype=jnp.float32)[:, None, :]
+    v = jnp.broadcast_to(identity, k.shape)
+    rate, key = 0.3, jax.random.key(0)
+    whole = np.asarray(causal_attention(q, k, v))
+    dropped = np.asarray(causal_attention(q, k, v, dropout_rate=rate, key=key))
+    visible = whole > 0
+    kept = dropped != 0
+    np.testing.assert_allclose(dropped[kept], whole[kept] / (1 - rate), rtol=1e-5)
+    n = visible.sum()
+    assert abs(kept.sum() / n - (1 - rate)) < 5 * math.sqrt(rate * (1 - rate) / n)
+    assert not np.array_equal(kept[0], kept[1])
+    assert not np.array_equal(kept[..., 0, :], kept[..., 1, :])
+    assert np.array_equal(causal_attention(q, k, v, dropout_rate=rate), whole)
+
+
+# Dropout
+
+
+def test_dropout_keeps_the_mean() -> None:
+    x, rate = jnp.ones((211, 101), jnp.float32), 0.3
+    y = np.asarray(dropout(x, rate, jax.random.key(0)))
+    assert set(np.unique(y)) == {0, np.float32(1 / (1 - rate))}
+    assert abs(np.mean(y == 0) - rate) < 5 * math.sqrt(rate * (1 - rate) / y.size)
+    assert not np.array_equal(y, dropout(x, rate, jax.random.key(1)))
+    assert np.array_equal(dropout(x, rate, None), x)
+    assert np.array_equal(dropout(x, 0.0, jax.random.key(0)), x)
+    assert dropout(x.astype(jnp.bfloat16), rate, jax.random.key(0)).dtype == jnp.bfloat16
+
+
+# Cross-entropy
+
+TOKENS, D_MODEL, VOCAB = 6, 5, 11
+
+
+@pytest.mark.parametrize(
+    ("batch", "chunk_tokens"),
+    [((), 4), ((2,), 1), ((2, 3), 11), ((2, 3), 1000)],  # 4 and 11 leave a padded last chunk
+)
+def test_cross_entropy_and_its_gradients(
+    batch: tuple[int, ...], chunk_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cross_entropy_module, "_CHUNK_LOGITS", chunk_tokens * VOCAB)
+    seq = TOKENS + 1
+    hidden, weight = normal(0, *batch, seq, D_MODEL), normal(1, VOCAB, D_MODEL)
+    targets = jnp.asarray(np.random.default_rng(2).integers(0, VOCAB, (*batch, seq)), jnp.int32)
+    expected, d_hidden, d_weight = reference.cross_entropy(
+        f64(hidden).reshape(-1, D_MODEL), f64(weight), np.asarray(targets).ravel()
+    )
+    assert abs(float(cross_entropy(hidden, weight, targets)) - expected) < 1e-6 * expected
+
+    def scaled(hidden: jax.Array, weight: jax.Array) -> jax.Array:
+        return 3 * cross_entropy(hidden, weight, targets)
+
+    loss, grads = jax.value_and_grad(scaled, argnums=(0, 1))(hidden, weight)
+    assert abs(float(loss) - 3 * expected) < 3e-6 * expected
+    check(grads[0], 3 * d_hidden.reshape(hidden.shape), 2e-6)
+    check(grads[1], 3 * d_weight, 2e-6)
+
+
+def test_cross_entropy_of_extreme_logits() -> None:
+    """Logits of some 10,000: `exp` of them has no float32, nor has 1 - p of a sure answer."""
+    hidden, weight = 100 * normal(0, TOKENS, D_MODEL), 100 * normal(1, VOCAB, D_MODEL)
+    logits = f64(hidden) @ f64(weight).T
+    sure = logits.argmax(-1)
+    for targets in (sure, (sure + 1) % VOCAB):
+        expected, d_hidden, d_weight = reference.cross_entropy(f64(hidden), f64(weight), targets)
+        loss, grads = jax.value_and_grad(cross_entropy, argnums=(0, 1))(
+            hidden, weight, jnp.asarray(targets, jnp.int32)
+        )
+        assert abs(float(loss) - expected) <= 1e-6 * np.abs(logits).max()
+        assert np.abs(f64(grads[0]) - d_hidden).max() <= 1e-5 * np.abs(f64(weight)).max()
+        assert np.abs(f64(grads[1]) - d_weight).max() <= 1e-5 * np.abs(f64(hidden)).max()
+
+
+def test_cross_entropy_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss is float32 throughout; a gradient is rounded once before its product and once
+    after, and errors of both signs are summed."""
+    monkeypatch.setattr(cross_entropy_module, "_CHUNK_LOGITS", 97 * VOCAB)
+    hidden = normal(0, 3, 211, D_MODEL, dtype=jnp.bfloat16)
+    weight = normal(1, VOCAB, D_MODEL, dtype=jnp.bfloat16)
+    targets = jnp.asarray(np.random.default_rng(2).integers(0, VOCAB, (3, 211)), jnp.int32)
+    expected, d_hidden, d_weight = reference.cross_entropy(
+        f64(hidden).reshape(-1, D_MODEL), f64(weight), np.asarray(targets).ravel()
+    )
+    loss, grads = jax.value_and_grad(cross_entropy, argnums=(0, 1))(hidden, weight, targets)
+    assert loss.dtype == jnp.float32
+    assert abs(float(loss) - expected) < 2e-6 * expected
+    assert grads[0].dtype == grads[1].dtype == jnp.bfloat16
+    check(grads[0], d_hidden.reshape(hidden.shape), 2 * BF16)
+    check(grads[1], d_weight, 2 * BF16)
+
+
+def test_cross_entropy_under_jit_and_vmap() -> None:
+    hidden, weight = normal(0, 3, TOKENS, D_MODEL), normal(1, VOCAB, D_MODEL)
+    targets = jnp.asarray(np.random.default_rng(2).integers(0, VOCAB, (3, TOKENS)), jnp.int32)
+    grad = jax.grad(cross_entropy, argnums=(0, 1))
+    mapped = jax.jit(jax.vmap(grad, in_axes=(0, None, 0)))(hidden, weight, targets)
+    for i in range(3):
+        _, d_hidden, d_weight = reference.cross_entropy(
+            f64(hidden[i]), f64(weight), np.asarray(targets[i])
+        )
+        check(mapped[0][i], d_hidden, 2e-6)
+        check(mapped[1][i], d_weight, 2e-6)
+
+
+# Products
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (3, 5)])
+def test_linear(batch: tuple[int, ...]) -> None:
+    x, weight, bias = normal(0, *batch, 7), normal(1, 11, 7), normal(2, 11)
+    product = f64(x) @ f64(weight).T
+    check(linear(x, weight), product, 1e-6)
+    check(Linear(weight, None)(x), product, 1e-6)
+    check(Linear(weight, bias)(x), product + f64(bias), 1e-6)
+
+
+def test_linear_in_bfloat16_accumulates_in_float32() -> None:
+    x, weight = normal(0, 3, 1009, dtype=jnp.bfloat16), normal(1, 5, 1009, dtype=jnp.bfloat16)
+    product = f64(x) @ f64(weight).T
+    assert linear(x, weight).dtype == jnp.bfloat16
+    assert linear(x, weight, jnp.float32).dtype == jnp.float32
+    check(linear(x, weight), product, BF16)
+    check(linear(x, weight, jnp.float32), product, 1e-5)
+
+
+def test_embedding_takes_rows() -> None:
+    table = normal(0, 11, 7)
+    ids = np.array([[3, 10, 0], [3, 3, 5]])
+    assert np.array_equal(Embedding(table)(jnp.asarray(ids, jnp.int32)), np.asarray(table)[ids])
+
+
+# Rotary positions
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
+@pytest.mark.parametrize("start", [0, 3000])
+def test_rotation_is_complex_multiplication(theta: float, start: int) -> None:
+    x = normal(0, 2, SEQ, 3, 10)
+    positions = start + np.arange(SEQ)
+    out = rotate(x, jnp.asarray(positions, jnp.int32), theta)
+    for i in range(2):
+        # A float32 angle near 3000 is off by up to 1.2e-4, half its last bit.
+        check(out[i], reference.rotate(f64(x[i]), positions, theta), 1e-6 if start == 0 else 2e-4)
+
+
+def test_rotation_in_bfloat16_has_float32_angles() -> None:
+    x = normal(0, SEQ, 3, 10, dtype=jnp.bfloat16)
+    positions = 3000 + np.arange(SEQ)
+    out = rotate(x, jnp.asarray(positions, jnp.int32), 10_000.0)
+    assert out.dtype == jnp.bfloat16
+    check(out, reference.rotate(f64(x), positions, 10_000.0), 1.1 * BF16)
+
+
+# Norms
+
+NORMS = [
+    NormConfig(),
+    NormConfig(eps=0.1),  # large enough to show where it stands
+    NormConfig(bias=False),
+    NormConfig("rmsnorm", eps=1e-6, bias=False),
+    NormConfig("rmsnorm", eps=0.1, bias=False),
+]
+
+
+@pytest.mark.parametrize("config", NORMS, ids=str)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_norm(config: NormConfig, dtype: jnp.dtype) -> None:
+    x = (3 + 0.5 * normal(0, 2, 5, 53)).astype(dtype)
+    weight, bias = normal(1, 53), normal(2, 53) if config.bias else None
+    out = Norm(weight, bias, config.kind, config.eps)(x)
+    assert out.dtype == dtype
+    expected = reference.norm(config, f64(x), f64(weight), None if bias is None else f64(bias))
+    check(out, expected, 2e-6 if dtype == jnp.float32 else BF16)
+
+
+@pytest.mark.parametrize("config", NORMS, ids=str)
+def test_fresh_norm_has_the_configs_fields(config: NormConfig) -> None:
+    norm = Norm.init(config, 53)
+    assert np.array_equal(norm.weight, np.ones(53))
+    assert (norm.bias is not None) == config.bias
+    assert (norm.kind, norm.eps) == (config.kind, config.eps)
+
+
+# Activations
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation(name: str) -> None:
+    x = np.concatenate([np.linspace(-8, 8, 257), [-80, 80]]).astype(np.float32)
+    found = np.asarray(ACTIVATIONS[name](jnp.asarray(x)), np.float64)
+    expected = reference.ACTIVATIONS[name](x.astype(np.float64))
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
