@@ -11,6 +11,7 @@ from typing import Literal
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from scripts.common import model_source, parse, run_command  # noqa: E402
+from train.config import TrainConfig  # noqa: E402
 from train.manifest import Manifest, check_same_tokenizer  # noqa: E402
 from train.presets import get_preset  # noqa: E402
 from train.progress import reporting  # noqa: E402
@@ -24,15 +25,15 @@ class Arguments:
 
     preset: str | None = None
     """eval-gpt2, eval-gpt2-medium, ...: fills in init_from and dataset."""
-    init_from: str = "resume"
+    init_from: str | None = None
     """resume: the run in out_dir. Or pretrained weights: a model of the zoo, a hub id, a local
-    directory."""
+    directory. None: the preset's, otherwise resume."""
     out_dir: str = "out"
     """The run to evaluate: its best evaluation's model if it kept one, else its newest."""
     dataset: str | None = None
-    """A dataset prepared by scripts/prepare.py. None: the preset's, or the run's own."""
-    data_dir: str = "data"
-    """Where prepared datasets are."""
+    """A dataset prepared by scripts/prepare.py. None: the run's own, otherwise openwebtext."""
+    data_dir: str | None = None
+    """Where prepared datasets are. None: where the run's were, or data."""
     split: Literal["train", "val"] = "val"
     """Which part of the dataset."""
     block_size: int | None = None
@@ -43,15 +44,14 @@ class Arguments:
 
 def main() -> int:
     options = parse(Arguments)
-    init_from, dataset = options.init_from, options.dataset
-    if options.preset is not None:
-        preset = get_preset(options.preset)
-        init_from, dataset = preset.init_from, dataset or preset.dataset
+    preset = None if options.preset is None else get_preset(options.preset)
+    init_from = options.init_from or ("resume" if preset is None else preset.init_from)
     source = model_source(init_from, options.out_dir)
-    if dataset is None and init_from != "resume":
-        raise ValueError("give --dataset NAME: pretrained weights have none of their own")
-    dataset = dataset or run_config(options.out_dir).dataset
-    data = Manifest.read(Path(options.data_dir) / dataset)
+    defaults = preset
+    if defaults is None:
+        defaults = run_config(options.out_dir) if init_from == "resume" else TrainConfig()
+    dataset = options.dataset or defaults.dataset
+    data = Manifest.read(Path(options.data_dir or defaults.data_dir) / dataset)
 
     import jax.numpy as jnp
 

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,6 @@ from train.config import TrainConfig  # noqa: E402
 from train.manifest import Manifest, check_same_tokenizer  # noqa: E402
 from train.presets import PRESETS  # noqa: E402
 from train.resolve import Wishes, base_config, open_data  # noqa: E402
-from train.run import has_checkpoint  # noqa: E402
 
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
 
@@ -53,12 +53,12 @@ def main() -> int:
     from weights import from_pretrained
     from weights.tokenizer import find_tokenizer
 
-    started = resume and has_checkpoint(config.out_dir)
-    fresh = started or config.init_from == "scratch"
-    pretrained = None if fresh else from_pretrained(config.init_from)
-    tokenizer = None if fresh else find_tokenizer(config.init_from)
-    if tokenizer is not None:
-        check_same_tokenizer(data, tokenizer)
+    pretrained = None
+    if config.init_from != "scratch":
+        tokenizer = find_tokenizer(config.init_from)
+        if tokenizer is not None:
+            check_same_tokenizer(data, tokenizer)
+        pretrained = partial(from_pretrained, config.init_from)
     outcome = train(config, data, pretrained=pretrained, resume=resume)
     return EXIT_CODES.get(outcome.interrupted_by or "", 0)
 

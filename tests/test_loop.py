@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -94,6 +95,7 @@ def test_an_interrupted_run_goes_on_exactly(looks, straight, config, data, tmp_p
     outcome = interrupted(monkeypatch, looks, config, data)
     assert outcome.interrupted_by == "SIGINT"
     assert outcome.steps_done < 30
+    assert (tmp_path / "run" / "checkpoints" / "0").exists() is False
     outcome = run_training(config, data, resume=True)
     assert (outcome.steps_done, outcome.interrupted_by) == (30, None)
     assert losses(tmp_path / "run") == losses(straight)
@@ -102,7 +104,7 @@ def test_an_interrupted_run_goes_on_exactly(looks, straight, config, data, tmp_p
         np.testing.assert_array_equal(x, y, err_msg=name)
 
 
-@pytest.mark.parametrize("looks", [1, 4, 20])
+@pytest.mark.parametrize("looks", [1, 4, 16])
 def test_accumulation_from_the_host_is_interrupted_between_micro_batches(
     looks, config, data, tmp_path, monkeypatch
 ):
@@ -111,16 +113,40 @@ def test_accumulation_from_the_host_is_interrupted_between_micro_batches(
         config = dataclasses.replace(config, out_dir=str(tmp_path / name))
         outcome = interrupted(monkeypatch, stop_after, config, data)
     assert outcome.interrupted_by == "SIGINT"
-    assert outcome.steps_done == looks // 4  # a look before the step, and one a micro-batch
+    assert outcome.steps_done == looks // 3  # a look before the step, and two within it
     run_training(config, data, resume=True)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
 
 
-def test_finished_runs_resume_to_nothing(straight, config, data):
-    before = losses(straight)
-    config = dataclasses.replace(config, out_dir=str(straight))
-    assert run_training(config, data, resume=True).steps_done == 30
-    assert losses(straight) == before
+@pytest.mark.parametrize("max_iters", [30, 12])
+def test_a_finished_run_says_so_and_stays_as_it_is(max_iters, straight, config, data):
+    before = {path: path.read_bytes() for path in straight.iterdir() if path.is_file()}
+    config = dataclasses.replace(config, out_dir=str(straight), max_iters=max_iters)
+    with pytest.raises(RunError, match=f"has done 30 steps of max_iters={max_iters}"):
+        run_training(config, data, resume=True)
+    assert {path: path.read_bytes() for path in straight.iterdir() if path.is_file()} == before
+
+
+def test_a_look_at_a_run_changes_nothing_of_it(straight, config, data):
+    before = {name: (straight / name).read_bytes() for name in ("run.json", "metrics.jsonl")}
+    config = dataclasses.replace(config, out_dir=str(straight), eval_only=True)
+    outcome = run_training(config, data, resume=True)
+    assert outcome.val_loss == pytest.approx(losses(straight)["val_loss", 30], rel=1e-6)
+    assert {name: (straight / name).read_bytes() for name in before} == before
+
+
+def test_an_evaluation_is_done_again_after_a_kill_behind_the_best(config, data, tmp_path):
+    """The best model of a step may be on disk before the checkpoint of that step."""
+    config = dataclasses.replace(
+        config, out_dir=str(tmp_path), always_save_checkpoint=False, max_iters=20,
+        checkpoint_interval=7,
+    )  # fmt: skip
+    run_training(config, data)
+    before = losses(tmp_path)
+    for _ in range(2):
+        shutil.rmtree(tmp_path / "checkpoints" / "20")
+        run_training(config, data, resume=True)
+        assert losses(tmp_path) == before
 
 
 def test_more_steps_may_be_asked_for(straight, config, data, tmp_path):
@@ -180,11 +206,15 @@ def test_training_starts_from_another_model(straight, config, data, tmp_path):
         config, out_dir=str(tmp_path), init_from=str(straight), max_iters=1, learning_rate=0.0,
         decay_lr=False, dropout=0.0, block_size=11,
     )  # fmt: skip
-    run_training(config, data, pretrained=pretrained)
+    run_training(config, data, pretrained=lambda: pretrained)
     jax.tree.map(np.testing.assert_array_equal, *map(named_arrays, (
         pretrained, from_pretrained(tmp_path))))  # fmt: skip
     with pytest.raises(ValueError, match="block_size=14 exceeds the 13"):
-        run_training(dataclasses.replace(config, block_size=14), data, pretrained=pretrained)
+        run_training(
+            dataclasses.replace(config, block_size=14, out_dir=str(tmp_path / "b")),
+            data,
+            pretrained=lambda: pretrained,
+        )
 
 
 def test_eval_only_trains_nothing(config, data, tmp_path):
@@ -214,7 +244,7 @@ def test_metrics_of_steps_to_be_done_again_are_dropped(tmp_path):
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     path.write_text(text + '{"iter": 1, "train_lo')
-    MetricsFile(path, steps_done=2).close()
+    MetricsFile(path, steps_done=2, evaluated_at=2).close()
     assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:3]
 
 

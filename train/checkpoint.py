@@ -8,8 +8,11 @@ dotted names of `eqx_gpt.tree.named_arrays` to arrays, and `progress`, JSON. `be
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
+from jaxtyping import PyTree
 
 from eqx_gpt.gpt import GPT
 from eqx_gpt.tree import named_arrays, with_arrays
@@ -29,27 +32,32 @@ class Checkpoints:
         return self._states.latest_step()
 
     def save(self, state: TrainState, step: int, progress: dict[str, Any]) -> None:
-        """Start writing the state after `step` steps; nothing if that step is saved already."""
-        if step == self.latest_step():
-            return
+        """Start writing the state after `step` steps, in place of one saved at that step."""
         items = ocp.args.Composite(
             model=ocp.args.StandardSave(named_arrays(state.model)),
             optimizer=ocp.args.StandardSave(named_arrays(state.opt_state)),
             progress=ocp.args.JsonSave(progress),
         )
-        self._states.save(step, args=items, force=True)
+        _replace(self._states, step, items)
 
     def save_best(self, model: GPT, step: int) -> None:
         """Keep this model in place of the best one so far."""
         if self._best is None:
             self._best = _manager(self._best_directory, keep=1)
         items = ocp.args.Composite(model=ocp.args.StandardSave(named_arrays(model)))
-        self._best.save(step, args=items, force=True)
+        _replace(self._best, step, items)
 
     def restore(self, skeleton: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest state and its progress; `skeleton` gives shapes and dtypes."""
+        """The newest state and its progress; `skeleton` gives shapes and dtypes.
+
+        What the best directory holds of steps to be done again is removed.
+        """
         step = self.latest_step()
-        model, optimizer = named_arrays(skeleton.model), named_arrays(skeleton.opt_state)
+        if self._best_directory.exists():
+            self._best = _manager(self._best_directory, keep=1)
+            for later in [s for s in self._best.all_steps() if s > (step or 0)]:
+                self._best.delete(later)
+        model, optimizer = _placed(skeleton.model), _placed(skeleton.opt_state)
         items = ocp.args.Composite(
             model=ocp.args.StandardRestore(model),
             optimizer=ocp.args.StandardRestore(optimizer),
@@ -74,6 +82,22 @@ class Checkpoints:
         for manager in (self._states, self._best):
             if manager is not None:
                 manager.close()
+
+
+def _replace(manager: ocp.CheckpointManager, step: int, items: ocp.args.Composite) -> None:
+    manager.wait_until_finished()
+    if step in manager.all_steps():
+        manager.delete(step)
+    manager.save(step, args=items, force=True)
+
+
+def _placed(skeleton: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays to restore, on this process's device, whatever they were saved from."""
+    here = SingleDeviceSharding(jax.local_devices()[0])
+    return {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+        for name, leaf in named_arrays(skeleton).items()
+    }
 
 
 def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:

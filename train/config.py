@@ -35,7 +35,7 @@ class TrainConfig:
     """Micro-batches in an optimizer step."""
     micro_batch_size: int | None = None
     """Sequences run at once, a divisor of batch_size. None: batch_size, less where one micro-batch
-    would take long (on a CPU). The result is the same but for rounding."""
+    would take long (on a CPU). Without dropout the result is the same but for rounding."""
     block_size: int = 1024
     """Tokens in a sequence."""
 
@@ -119,6 +119,12 @@ class TrainConfig:
         for name in ("beta1", "beta2", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+
+    def check_together(self) -> None:
+        """ValueError for fields that contradict each other.
+
+        Apart from construction, for a file may be completed by flags.
+        """
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"micro_batch_size={self.micro_batch_size} does not divide "
@@ -186,7 +192,10 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"config file {str(path)!r}: expected an object of fields")
     is_run = "format_version" in content
-    return content["config"] if is_run else content
+    fields = content.get("config") if is_run else content
+    if not isinstance(fields, dict):
+        raise ValueError(f"config file {str(path)!r}: its field 'config' is no object")
+    return fields
 
 
 def _typed(annotation: Any, value: Any, name: str) -> Any:

@@ -1,8 +1,9 @@
 """The loop that ties data, step, evaluation, checkpoints and what a person sees together."""
 
 import dataclasses
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from train.manifest import SPLITS, Manifest
 from train.metrics import MetricsFile, extra_loggers, flops_per_token, peak_flops
 from train.optimizer import learning_rate, make_optimizer
 from train.plot import plot_losses
-from train.run import resume_run, start_run
+from train.run import RunError, check_startable, has_checkpoint, resumed_model, write_run
 from train.step import (
     Gradients,
     Recipe,
@@ -62,28 +63,42 @@ class Progress:
 
 
 def train(
-    config: TrainConfig, data: Manifest, *, pretrained: GPT | None = None, resume: bool = False
+    config: TrainConfig,
+    data: Manifest,
+    *,
+    pretrained: Callable[[], GPT] | None = None,
+    resume: bool = False,
 ) -> Outcome:
     """Run `config` on `data`, in `config.out_dir`.
 
     **Arguments:**
 
-    - `pretrained`: the model to start from; None is a new one. Not needed to resume, once there
-      is a checkpoint.
+    - `pretrained`: loads the model to start from; None is a new one. Not called to resume, once
+      there is a checkpoint.
     - `resume`: go on with the run in `config.out_dir`, exactly where it was.
 
     **Raises:** ValueError (also as RunError, DatasetError) for what the user can mend. Whatever
     happens, the directory keeps its last whole checkpoint.
     """
+    config.check_together()
+    if not resume:
+        check_startable(config.out_dir)
+    from_start = not has_checkpoint(config.out_dir)
+    start = pretrained() if pretrained is not None and from_start else None
     if resume:
-        model_cfg = resume_run(config, data)
+        model_cfg = resumed_model(config, data)
     else:
-        model_cfg = _model_config(config, data, pretrained)
-        start_run(config, model_cfg, data)
+        config, model_cfg = _model_config(config, data, start)
+        write_run(config, model_cfg, data)
     with Display(config.max_iters) as display:
-        trainer = Trainer(config, data, model_cfg, pretrained, display)
+        trainer = Trainer(config, data, model_cfg, start, display)
+        del start  # its arrays are copied
+        if resume and not config.eval_only:
+            write_run(config, model_cfg, data)
         try:
-            with Interruption(lambda: display.line("stopping after this micro-batch")) as signals:
+            with Interruption(
+                lambda: display.line("stopping soon; once more ends at once, unsaved")
+            ) as signals:
                 return trainer.run(signals)
         finally:
             trainer.close()
@@ -110,7 +125,7 @@ class Trainer:
         skeleton = eqx.filter_eval_shape(lambda: GPT.init(model_cfg, key=jax.random.key(0)))
         n_params = count_params(skeleton)
         platform = jax.default_backend()
-        self.execution = Execution.choose(config, model_cfg.n_layer, n_params, platform)
+        self.execution = Execution.choose(config, model_cfg, n_params, platform)
         model_cfg = dataclasses.replace(model_cfg, unroll=self.execution.unroll)
         self.flops_per_token = flops_per_token(
             n_params, model_cfg.n_layer, model_cfg.n_embd, config.block_size
@@ -130,9 +145,19 @@ class Trainer:
             self.state, progress = self.checkpoints.restore(skeleton)
             self.progress = Progress(**progress)
         self.steps_done = int(self.state.step)
+        if self.steps_done >= config.max_iters and not config.eval_only:
+            self.checkpoints.close()
+            raise RunError(
+                f"the run in {config.out_dir!r} has done {self.steps_done} steps of "
+                f"max_iters={config.max_iters}; to go on, give a larger --max_iters"
+            )
 
-        self.metrics = MetricsFile(self.directory / "metrics.jsonl", self.steps_done)
+        self.metrics = MetricsFile(
+            self.directory / "metrics.jsonl", self.steps_done, self.progress.evaluated_at
+        )
         self.loggers = [self.metrics.write, *extra_loggers(config, n_params)]
+        if config.eval_only and self.steps_done:
+            self.loggers = []  # a look at a run is no part of it
         self.saved_at = time.monotonic()
         self.started_at = self.saved_at - self.progress.elapsed_s
         self.display.header(self._header(model_cfg, n_params))
@@ -152,9 +177,12 @@ class Trainer:
         except Interrupted as interrupted:
             interrupted_by = str(interrupted)
         if not self.config.eval_only:
-            self._save()
-            self.checkpoints.wait()
-            self.display.line(f"step {self.steps_done} is saved in {out_dir}")
+            if self.steps_done:
+                self._save()
+                self.checkpoints.wait()
+                self.display.line(f"step {self.steps_done} is saved in {out_dir}")
+            else:
+                self.display.line("no step was complete, so there was nothing to save")
             if interrupted_by is None:
                 self.display.line(f"sample from it: python scripts/sample.py --out_dir {out_dir}")
             else:
@@ -162,6 +190,7 @@ class Trainer:
                     f"stopped by {interrupted_by}; go on with: python scripts/train.py "
                     f"--init_from resume --out_dir {out_dir}"
                 )
+        plot_losses(self.directory)
         return Outcome(self.steps_done, interrupted_by, self.progress.val_loss)
 
     def _train(self, signals: Interruption) -> None:
@@ -203,7 +232,8 @@ class Trainer:
         for i in range(n_micro):
             gradients = add_gradients((self.recipe, windows[i], self.state), gradients)
             loss = float(gradients.loss) / (i + 1)
-            signals.check()
+            if i + 1 < n_micro:
+                signals.check()
             rate = tokens * (i + 1) / (time.monotonic() - start)
             self.display.micro(
                 self.steps_done, i + 1, n_micro, loss, rate, self._mfu(rate), self._eta(rate, i + 1)
@@ -244,7 +274,7 @@ class Trainer:
                 progress=report,
             )
         best = self.progress.best_val_loss
-        improved = best is None or losses["val"] < best
+        improved = best is None or math.isnan(best) or losses["val"] < best
         self.progress = dataclasses.replace(
             self.progress,
             evaluated_at=step,
@@ -262,11 +292,11 @@ class Trainer:
         plot_losses(self.directory)
 
     def _show_sample(self) -> None:
-        tokenizer = self.data.tokenizer()
-        prompt = jnp.asarray([tokenizer.encode("\n")], jnp.int32)
+        prompt = jnp.asarray(self.data.tokens("val")[:1], jnp.int32)
         key = jax.random.key(self.steps_done)
         tokens = generate(self.state.model, prompt, 200, key=key, temperature=0.8, top_k=200)
-        self.display.line(f"sample at {self.steps_done}:{tokenizer.decode(tokens[0].tolist())}")
+        text = self.data.tokenizer().decode(tokens.tolist())
+        self.display.line(f"sample at {self.steps_done}: {text}")
 
     def _save(self) -> None:
         elapsed = time.monotonic() - self.started_at
@@ -345,11 +375,26 @@ class _Clock:
         self._since_time += time.monotonic() - start
 
 
-def _model_config(config: TrainConfig, data: Manifest, pretrained: GPT | None) -> GPTConfig:
-    """The model that a new run trains."""
+def _model_config(
+    config: TrainConfig, data: Manifest, pretrained: GPT | None
+) -> tuple[TrainConfig, GPTConfig]:
+    """The model that a new run trains, and the run's config, which says its shape."""
     if pretrained is None:
-        return model_config(config, data.vocab_size)
+        return config, model_config(config, data.vocab_size)
     model_cfg = pretrained.config
+    shape = {
+        "n_layer": model_cfg.n_layer,
+        "n_head": model_cfg.n_head,
+        "n_embd": model_cfg.n_embd,
+        "bias": model_cfg.mlp.bias,
+        "vocab_size": model_cfg.vocab_size,
+    }
+    for name, value in shape.items():
+        asked = getattr(config, name)
+        if asked not in (value, getattr(TrainConfig(), name)):
+            raise ValueError(
+                f"{name}={asked} contradicts {config.init_from!r}, which has {value}; leave it out"
+            )
     if config.block_size > model_cfg.block_size:
         raise ValueError(
             f"block_size={config.block_size} exceeds the {model_cfg.block_size} that "
@@ -360,7 +405,8 @@ def _model_config(config: TrainConfig, data: Manifest, pretrained: GPT | None) -
             f"dataset {data.name!r} has {data.vocab_size} tokens, {config.init_from!r} knows "
             f"{model_cfg.vocab_size}; prepare the dataset with that model's tokenizer"
         )
-    return dataclasses.replace(model_cfg, dropout=config.dropout)
+    config = dataclasses.replace(config, **shape)
+    return config, dataclasses.replace(model_cfg, dropout=config.dropout)
 
 
 @eqx.filter_jit

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ _PEAK_FLOPS = {
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
@@ -49,7 +51,7 @@ def flops_per_token(n_params: int, n_layer: int, n_embd: int, seq: int) -> float
 
 
 def peak_flops(dtype: DTypeLike) -> float | None:
-    """The machine's peak in FLOP/s: published for accelerators, measured on a CPU.
+    """The device's peak in FLOP/s: published for accelerators, measured on a CPU.
 
     None for an accelerator that the table does not know.
     """
@@ -58,7 +60,7 @@ def peak_flops(dtype: DTypeLike) -> float | None:
         return _measured_matmul_flops(dtype)
     for kind, flops in _PEAK_FLOPS.items():
         if kind in device.device_kind:
-            return flops * jax.device_count()
+            return flops
     return None
 
 
@@ -79,8 +81,8 @@ def _measured_matmul_flops(dtype: DTypeLike) -> float:
 class MetricsFile:
     """metrics.jsonl: one JSON object a line, flushed as it is written."""
 
-    def __init__(self, path: Path, steps_done: int) -> None:
-        """Open to append after `steps_done` steps.
+    def __init__(self, path: Path, steps_done: int, evaluated_at: int | None) -> None:
+        """Open to append after `steps_done` steps, the last evaluation after `evaluated_at`.
 
         What an interrupted run logged beyond its last checkpoint is dropped, for those steps
         will be done again: the file reads as if there had been no interruption.
@@ -88,7 +90,7 @@ class MetricsFile:
         kept = []
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-                if _belongs(line, steps_done):
+                if _belongs(line, steps_done, -1 if evaluated_at is None else evaluated_at):
                     kept.append(line)
         partial = path.with_suffix(".jsonl.partial")
         partial.write_text("".join(kept), encoding="utf-8")
@@ -96,21 +98,28 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        # JSON has no NaN.
+        plain = {k: None if _is_nan(value) else value for k, value in record.items()}
+        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
 
 
-def _belongs(line: str, steps_done: int) -> bool:
-    """Was this line logged by a step before `steps_done`, or by an evaluation up to there?"""
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _belongs(line: str, steps_done: int, evaluated_at: int) -> bool:
+    """Was this line logged by a step before `steps_done`, or an evaluation to `evaluated_at`?"""
     try:
         record = json.loads(line)
     except ValueError:  # cut off by a kill
         return False
-    after = record["iter"] if "val_loss" in record else record["iter"] + 1
-    return line.endswith("\n") and after <= steps_done
+    is_evaluation = "val_loss" in record
+    known = record["iter"] <= evaluated_at if is_evaluation else record["iter"] < steps_done
+    return line.endswith("\n") and known
 
 
 def extra_loggers(config: TrainConfig, n_params: int) -> list[Logger]:

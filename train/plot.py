@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 
-def plot_losses(run: Path) -> bool:
-    """Draw `run/loss.png`. False, and nothing drawn, if matplotlib is not installed."""
+def plot_losses(run: Path) -> None:
+    """Draw `run/loss.png`; nothing if matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        return False
+        return
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     steps = [record for record in records if "train_loss" in record]
@@ -32,4 +32,3 @@ def plot_losses(run: Path) -> bool:
         axes.legend()
     FigureCanvasAgg(figure).print_png(str(run / ".loss.png.partial"))
     (run / ".loss.png.partial").replace(run / "loss.png")
-    return True

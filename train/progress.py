@@ -68,6 +68,9 @@ def _count(done: int, total: int | None, unit: str) -> str:
 
 
 def duration(seconds: float) -> str:
+    """Such as 0:01:30; in days where hours would not be read."""
+    if seconds >= 100 * 3600:
+        return f"{seconds / 86400:,.0f} days"
     minutes, seconds = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

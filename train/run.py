@@ -59,6 +59,9 @@ def read_run(directory: str | Path) -> dict[str, Any]:
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise RunError(f"{path} has format_version {version!r}, expected {FORMAT_VERSION}")
+    missing = [key for key in ("config", "model", "data") if not isinstance(content.get(key), dict)]
+    if missing:
+        raise RunError(f"{path} lacks {', '.join(missing)}; it was not written by a run")
     return content
 
 
@@ -68,24 +71,36 @@ def run_config(directory: str | Path) -> TrainConfig:
     return with_fields(TrainConfig(), fields, str(Path(directory) / "run.json"))
 
 
-def start_run(config: TrainConfig, model: GPTConfig, data: Manifest) -> None:
-    """Write run.json and the tokenizer. RunError if the directory holds a run to lose."""
-    directory = Path(config.out_dir)
+def check_startable(directory: str | Path) -> None:
+    """RunError if the directory holds a run to lose."""
     if has_checkpoint(directory):
         raise RunError(
-            f"{config.out_dir!r} already holds a run; go on with --init_from resume "
-            f"--out_dir {config.out_dir}, or give another --out_dir"
+            f"{str(directory)!r} already holds a run; go on with --init_from resume "
+            f"--out_dir {directory}, or give another --out_dir"
         )
+
+
+def write_run(config: TrainConfig, model: GPTConfig, data: Manifest) -> None:
+    """Write run.json and the tokenizer. RunError if the directory cannot be written."""
+    directory = Path(config.out_dir)
+    packages = ("jax", "jaxlib", "equinox", "optax", "orbax-checkpoint", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    content = {
+        "format_version": FORMAT_VERSION,
+        "config": dataclasses.asdict(config),
+        "model": model.to_dict(),
+        "data": data.to_dict(),
+        "versions": {"python": platform.python_version(), **versions},
+    }
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "metrics.jsonl").unlink(missing_ok=True)
         _write(directory / "tokenizer_spec.json", data.tokenizer_spec)
-        _write(directory / "run.json", _content(config, model, data))
+        _write(directory / "run.json", content)
     except OSError as error:
         raise RunError(f"cannot write to {config.out_dir!r}: {error.strerror}") from None
 
 
-def resume_run(config: TrainConfig, data: Manifest) -> GPTConfig:
+def resumed_model(config: TrainConfig, data: Manifest) -> GPTConfig:
     """The run's model, once nothing that decides its losses differs. RunError with both sides."""
     content = read_run(config.out_dir)
     recorded = run_config(config.out_dir)
@@ -106,21 +121,7 @@ def resume_run(config: TrainConfig, data: Manifest) -> GPTConfig:
             f"cannot resume {config.out_dir!r}: {'; '.join(conflicts)}. Leave these as they were, "
             f"or start a new run from its weights with --init_from {config.out_dir}"
         )
-    model = GPTConfig.from_dict(content["model"])
-    _write(Path(config.out_dir) / "run.json", _content(config, model, data))
-    return model
-
-
-def _content(config: TrainConfig, model: GPTConfig, data: Manifest) -> dict[str, Any]:
-    packages = ("jax", "jaxlib", "equinox", "optax", "orbax-checkpoint", "numpy")
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    return {
-        "format_version": FORMAT_VERSION,
-        "config": dataclasses.asdict(config),
-        "model": model.to_dict(),
-        "data": data.to_dict(),
-        "versions": {"python": platform.python_version(), **versions},
-    }
+    return GPTConfig.from_dict(content["model"])
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
