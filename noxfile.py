@@ -12,7 +12,10 @@ nox.options.sessions = ["tests", "lint", "parity", "wheel"]
 def tests(session: nox.Session) -> None:
     """The tests that need nothing but this repository."""
     session.install("-e", ".[tests]")
-    session.run("pytest", "--ignore=tests/parity", *session.posargs)
+    # Compiling, most of the work, takes one core: a file at a time on each of two.
+    session.run(
+        "pytest", "--ignore=tests/parity", "--numprocesses=2", "--dist=loadfile", *session.posargs
+    )
 
 
 @nox.session

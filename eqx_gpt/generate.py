@@ -28,7 +28,7 @@ class Sampler(eqx.Module):
 
     @staticmethod
     def init(
-        temperature: float, top_k: int | None, top_p: float | None, min_p: float | None
+        temperature: float | int, top_k: int | None, top_p: float | None, min_p: float | None
     ) -> "Sampler":
         """ValueError for a setting outside its range. `temperature` 0 is greedy."""
         if not 0 <= temperature < float("inf"):
@@ -70,7 +70,7 @@ def generate(
     max_new_tokens: int = 32,
     *,
     key: PRNGKey | None = None,
-    temperature: float = 1.0,
+    temperature: float | int = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
