@@ -50,3 +50,10 @@ def test_the_readme_has_a_line_for_every_file():
     expected = {str(path.relative_to(ROOT)) for path in files if path.name != "__init__.py"}
     assert expected - listed == set()
     assert {name for name in listed if name.endswith(".py") and not (ROOT / name).exists()} == set()
+
+
+def test_the_readme_is_finished():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not re.findall(r"@[A-Z]+@", readme)
+    for link in re.findall(r"\]\(([^)#:]+)\)", readme):
+        assert (ROOT / link).exists(), link

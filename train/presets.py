@@ -63,8 +63,7 @@ PRESETS: dict[str, TrainConfig] = {
     ),
     "gpt2-xl": replace(_GPT2_SMALL, out_dir="out/gpt2-xl", n_layer=48, n_head=25, n_embd=1600),
     "shakespeare-char": _SHAKESPEARE_CHAR,
-    # The command that nanoGPT's README gives for a laptop, but for min_lr, 1e-4 there: 2000 steps
-    # end far from convergence, where a rate that stays higher gets further.
+    # The command that nanoGPT's README gives for a laptop.
     "shakespeare-char-cpu": replace(
         _SHAKESPEARE_CHAR,
         out_dir="out/shakespeare-char-cpu",
@@ -76,7 +75,6 @@ PRESETS: dict[str, TrainConfig] = {
         dropout=0.0,
         max_iters=2000,
         lr_decay_iters=2000,
-        min_lr=3e-4,
         eval_iters=20,
     ),
     "finetune-shakespeare": _FINETUNE_SHAKESPEARE,
