@@ -15,6 +15,8 @@ def plot_losses(run: Path) -> None:
     records = [json.loads(line) for line in lines]
     steps = [record for record in records if "train_loss" in record]
     evaluations = [record for record in records if "val_loss" in record]
+    if not (steps or evaluations):
+        return
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(
@@ -28,7 +30,6 @@ def plot_losses(run: Path) -> None:
         )  # fmt: skip
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=run.name)
     axes.grid(alpha=0.3)
-    if steps or evaluations:
-        axes.legend()
+    axes.legend()
     FigureCanvasAgg(figure).print_png(str(run / ".loss.png.partial"))
     (run / ".loss.png.partial").replace(run / "loss.png")
