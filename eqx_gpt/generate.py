@@ -159,7 +159,7 @@ def _continue(
         (jnp.zeros((), jnp.int32), buffer, done, cache, logits),
     )
     buffer, done = draw(logits, i, buffer, done)
-    i, buffer, done = i + 1, buffer, done
+    i = i + 1
     if n_new > n_cached:
         i, buffer, done = lax.while_loop(
             lambda s: running(n_new, s[0], s[2]), sliding_step, (i, buffer, done)

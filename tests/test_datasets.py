@@ -23,8 +23,8 @@ import pytest
 
 from eqx_gpt.tokenizer import CharTokenizer, GPT2Tokenizer, JSONTokenizer, fingerprint
 from train import corpora, files, manifest, streaming
-from train.datasets import dataset_names, is_prepared, prepare
-from train.manifest import DatasetError, DatasetWriter, Manifest
+from train.datasets import is_prepared, prepare
+from train.manifest import CORPORA, DatasetError, DatasetWriter, Manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 PREPARE = ROOT / "scripts" / "prepare.py"
@@ -653,4 +653,4 @@ def test_command_help_names_everything(command: Callable[..., tuple[object, str]
     assert code == 0
     for flag in ("data_dir", "name", "source", "files", "tokenizer", "val_fraction", "num_proc"):
         assert f"--{flag} " in printed
-    assert all(name in printed for name in dataset_names())
+    assert all(name in printed for name in CORPORA)

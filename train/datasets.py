@@ -40,11 +40,6 @@ OWN_TEXT_VAL_FRACTION = 0.1
 BATCH_CHARACTERS = 2**21
 
 
-def dataset_names() -> tuple[str, ...]:
-    """What `prepare` knows by name; `text`, the user's own files, is the last."""
-    return CORPORA
-
-
 def is_prepared(directory: str | Path) -> bool:
     """Whether there is a dataset. `Manifest.read` tells whether it is sound."""
     return (Path(directory) / "meta.json").is_file()

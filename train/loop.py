@@ -145,6 +145,7 @@ class Trainer:
             self.state, progress = self.checkpoints.restore(skeleton)
             self.progress = Progress(**progress)
         self.steps_done = int(self.state.step)
+        self.saved = (self.steps_done, self.progress.evaluated_at)
         if self.steps_done >= config.max_iters and not config.eval_only:
             self.checkpoints.close()
             raise RunError(
@@ -299,9 +300,14 @@ class Trainer:
         self.display.line(f"sample at {self.steps_done}: {text}")
 
     def _save(self) -> None:
+        """Nothing if a checkpoint of this step knows of this step's evaluation already."""
+        now = (self.steps_done, self.progress.evaluated_at)
+        if self.saved == now:
+            return
         elapsed = time.monotonic() - self.started_at
         self.progress = dataclasses.replace(self.progress, elapsed_s=elapsed)
         self.checkpoints.save(self.state, self.steps_done, dataclasses.asdict(self.progress))
+        self.saved = now
         self.saved_at = time.monotonic()
 
     def _log_step(self, step: int, metrics: StepMetrics, tokens_per_s: float) -> None:
