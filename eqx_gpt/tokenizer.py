@@ -42,6 +42,21 @@ class Tokenizer(Protocol):
         """The id that separates documents, or None where the vocabulary has none."""
         ...
 
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """The text of each special token, by its name in transformers: `bos_token` and so on."""
+        ...
+
+    @property
+    def stop_tokens(self) -> tuple[str, ...]:
+        """The tokens that end an answer, beyond the one that ends a text."""
+        ...
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template that makes one text of a conversation, where the model has one."""
+        ...
+
     def encode(self, text: str, *, special: SpecialText = "text") -> list[int]:
         """The ids of `text`. No token is added at either end."""
         ...
@@ -82,6 +97,18 @@ class CharTokenizer:
 
     @property
     def end_of_text(self) -> None:
+        return None
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        return {}
+
+    @property
+    def stop_tokens(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def chat_template(self) -> None:
         return None
 
     @cached_property
@@ -126,6 +153,18 @@ class GPT2Tokenizer:
     def end_of_text(self) -> int:
         return 50256
 
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        return dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+
+    @property
+    def stop_tokens(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def chat_template(self) -> None:
+        return None
+
     @cached_property
     def _encoding(self) -> Any:
         # Imported where used: `import eqx_gpt` stays fast, and works without it.
@@ -165,20 +204,27 @@ class GPT2Tokenizer:
 class JSONTokenizer:
     """A Hugging Face `tokenizer.json`, run by the `tokenizers` library.
 
-    `end_of_text_token` is not in that file but beside it (`eos_token` in `tokenizer_config.json`).
+    `end_of_text_token` is not in that file but beside it (`eos_token` in `tokenizer_config.json`),
+    and so are the other special tokens and the template.
     Whatever the file says of them, no text is truncated or padded and no token is added.
     """
 
     tokenizer_json: str = field(repr=False)
     end_of_text_token: str | None = None
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    stop_tokens: tuple[str, ...] = ()
+    chat_template: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         _ = self._tokenizers  # a malformed file is refused here, not at the first use
-        if self.end_of_text_token is not None and self.end_of_text is None:
-            raise ValueError(
-                f"JSONTokenizer: end_of_text_token {self.end_of_text_token!r} is not in the "
-                "vocabulary; give a token of the tokenizer.json, or None"
-            )
+        named = {"end_of_text_token": self.end_of_text_token, **self.special_tokens}
+        named |= {f"stop token {i}": token for i, token in enumerate(self.stop_tokens)}
+        for name, token in named.items():
+            if token is not None and self.token_id(token) is None:
+                raise ValueError(
+                    f"JSONTokenizer: {name} {token!r} is not in the vocabulary; give a token of "
+                    "the tokenizer.json, or None"
+                )
 
     @cached_property
     def _tokenizers(self) -> dict[SpecialText, Any]:
@@ -210,9 +256,15 @@ class JSONTokenizer:
 
     @property
     def end_of_text(self) -> int | None:
-        if self.end_of_text_token is None:
-            return None
-        return self._tokenizers["text"].token_to_id(self.end_of_text_token)
+        return None if self.end_of_text_token is None else self.token_id(self.end_of_text_token)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of one token of the vocabulary, None if it is none."""
+        return self._tokenizers["text"].token_to_id(token)
+
+    def token_text(self, i: int) -> str | None:
+        """The inverse of `token_id`: how the vocabulary spells the token."""
+        return self._tokenizers["text"].id_to_token(i) if 0 <= i < self.vocab_size else None
 
     def encode(self, text: str, *, special: SpecialText = "text") -> list[int]:
         text = _without_surrogates(text)
@@ -231,6 +283,10 @@ class JSONTokenizer:
             "kind": "tokenizer.json",
             "end_of_text_token": self.end_of_text_token,
             "tokenizer_json": self.tokenizer_json,
+            # Only where there are any: that of a plain file stays as it was.
+            **({"special_tokens": dict(self.special_tokens)} if self.special_tokens else {}),
+            **({"stop_tokens": list(self.stop_tokens)} if self.stop_tokens else {}),
+            **({} if self.chat_template is None else {"chat_template": self.chat_template}),
         }
 
 
@@ -251,8 +307,8 @@ def tokenizer_from_spec(spec: Mapping[str, Any]) -> Tokenizer:
             "tokenizer_json": str(text),
             "end_of_text_token": (str() | None) as end_of_text,
             **rest,
-        } if not rest:
-            return JSONTokenizer(text, end_of_text)
+        } if (beside := _beside(rest)) is not None:
+            return JSONTokenizer(text, end_of_text, **beside)
         case {"kind": ("char" | "gpt2" | "tokenizer.json") as kind}:
             raise ValueError(
                 f"tokenizer: malformed spec of kind {kind!r}, with fields {sorted(spec)}; "
@@ -263,6 +319,20 @@ def tokenizer_from_spec(spec: Mapping[str, Any]) -> Tokenizer:
                 f"tokenizer: unknown kind {spec.get('kind')!r}, expected 'char', 'gpt2' or "
                 "'tokenizer.json'; the spec may come from a newer version of eqx_gpt: upgrade"
             )
+
+
+def _beside(fields: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What lies beside a tokenizer.json, from these fields of a spec; None if malformed."""
+    match {"special_tokens": {}, "stop_tokens": [], "chat_template": None, **fields}:
+        case {
+            "special_tokens": dict(special),
+            "stop_tokens": list(stops),
+            "chat_template": (str() | None) as template,
+            **rest,
+        } if not rest and all(isinstance(x, str) for x in [*special.values(), *stops]):
+            stops = tuple(stops)
+            return {"special_tokens": special, "stop_tokens": stops, "chat_template": template}
+    return None
 
 
 def same_tokens(a: Tokenizer, b: Tokenizer) -> bool:

@@ -1,4 +1,4 @@
-"""Converts a model to a Hugging Face directory: python scripts/convert.py out/gpt2-small my-gpt2"""
+"""Converts a model to a Hugging Face directory or a GGUF file: scripts/convert.py SRC DST[.gguf]"""
 
 import sys
 from dataclasses import dataclass
@@ -12,40 +12,48 @@ import tyro  # noqa: E402
 
 from scripts.common import parse, run_command  # noqa: E402
 
+GGUF = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
+
 
 @dataclass(frozen=True)
 class Arguments:
-    """Converts a model to a Hugging Face directory, which transformers loads. For example a run:
-    python scripts/convert.py out/gpt2-small my-gpt2"""
+    """Converts a model to a Hugging Face directory, which transformers loads, or to a GGUF file,
+    which llama.cpp loads. For example a run: python scripts/convert.py out/gpt2-small my-gpt2"""
 
     source: Annotated[str, tyro.conf.Positional]
-    """A run directory, a Hugging Face directory, a hub id or a model of the zoo."""
+    """A run directory, a Hugging Face directory, a .gguf file, a hub id or a model of the zoo."""
     target: Annotated[Path, tyro.conf.Positional]
-    """The directory to write. One that holds a saved model is replaced."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the weights in the files; auto is the source's."""
+    """The directory, or the file if it ends in .gguf, to write. A saved model is replaced."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "q8_0"] = "auto"
+    """Of the weights in the files; auto is the source's. q8_0, 8 bits, is for .gguf alone."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     max_shard_gb: float = 5.0
-    """Size at which the weights are split into several files, in 10^9 bytes."""
+    """Size at which a directory's weights are split into several files, in 10^9 bytes."""
 
 
 def main() -> int:
     options = parse(Arguments)
-    if options.target.suffix == ".gguf":
-        raise ValueError(f"{options.target}: GGUF files are not supported yet; give a directory")
+    to_gguf, dtype = options.target.suffix == ".gguf", options.dtype
+    if dtype == "q8_0" and not to_gguf:
+        raise ValueError(f"--dtype q8_0 is only for .gguf files, and {options.target} is none")
 
     # jax is imported from here on: a mistyped flag need not wait for it.
     from eqx_gpt.tree import count_params
-    from weights import from_pretrained, save_pretrained
-    from weights.save import check_target
+    from weights import from_pretrained, gguf, save, save_gguf, save_pretrained
     from weights.tokenizer import find_tokenizer
 
+    check_target = gguf.check_target if to_gguf else save.check_target
     check_target(options.target)  # before hours of download
-    model = from_pretrained(options.source, dtype=options.dtype, revision=options.revision)
+    read_as = "float32" if dtype == "q8_0" else dtype
+    model = from_pretrained(options.source, dtype=read_as, revision=options.revision)
     tokenizer = find_tokenizer(options.source, revision=options.revision)
-    max_bytes = options.max_shard_gb * 1e9
-    save_pretrained(model, options.target, tokenizer=tokenizer, max_shard_bytes=max_bytes)
+    if to_gguf:
+        kind = GGUF[model.wte.weight.dtype.name if dtype == "auto" else dtype]
+        save_gguf(model, options.target, tokenizer=tokenizer, dtype=kind)  # pyright: ignore[reportArgumentType]
+    else:
+        max_bytes = options.max_shard_gb * 1e9
+        save_pretrained(model, options.target, tokenizer=tokenizer, max_shard_bytes=max_bytes)
     kind = "no tokenizer" if tokenizer is None else type(tokenizer).__name__
     print(f"{options.target}: {count_params(model):,} parameters, {kind}", file=sys.stderr)
     return 0

@@ -56,6 +56,41 @@ def gpt2_tensors(config: dict[str, Any], prefix: str = "") -> dict[str, np.ndarr
     }
 
 
+GPT_NEOX_CONFIG: dict[str, Any] = {
+    "model_type": "gpt_neox",
+    "vocab_size": 40,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 56,
+    "max_position_embeddings": 11,
+}
+
+
+def gpt_neox_tensors(config: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Random tensors of a GPT-NeoX, as `GPTNeoXForCausalLM` names and lays them."""
+    random = np.random.default_rng(0)
+    d, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "gpt_neox.embed_in.weight": (vocab, d),
+        "gpt_neox.final_layer_norm.weight": (d,),
+        "gpt_neox.final_layer_norm.bias": (d,),
+        "embed_out.weight": (vocab, d),
+    }
+    for i in range(config["num_hidden_layers"]):
+        layer = f"gpt_neox.layers.{i}."
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            shapes |= {f"{layer}{name}.weight": (d,), f"{layer}{name}.bias": (d,)}
+        for name, n_out, n_in in (
+            ("attention.query_key_value", 3 * d, d),
+            ("attention.dense", d, d),
+            ("mlp.dense_h_to_4h", inner, d),
+            ("mlp.dense_4h_to_h", d, inner),
+        ):
+            shapes |= {f"{layer}{name}.weight": (n_out, n_in), f"{layer}{name}.bias": (n_out,)}
+    return {key: random.normal(size=s).astype(np.float32) for key, s in shapes.items()}
+
+
 def write_model(
     directory: Path, config: dict[str, Any], tensors: dict[str, np.ndarray], shards: int = 1
 ) -> Path:

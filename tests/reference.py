@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from eqx_gpt.config import GPTConfig, NormConfig
+from eqx_gpt.config import GPTConfig, NormConfig, PositionConfig
 
 F64 = np.ndarray
 
@@ -17,30 +17,83 @@ ACTIVATIONS = {
 }
 
 
-def norm(config: NormConfig, x: F64, weight: F64, bias: F64 | None) -> F64:
+def norm(config: NormConfig, x: F64, weight: F64 | None, bias: F64 | None) -> F64:
     if config.kind == "layernorm":
         centred = x - x.mean(-1, keepdims=True)
         y = centred / np.sqrt(x.var(-1, keepdims=True) + config.eps)
     else:
         y = x / np.sqrt((x**2).mean(-1, keepdims=True) + config.eps)
-    return y * weight + (0 if bias is None else bias)
+    if config.scale == "one_plus_weight":
+        return y * (1 + weight)
+    return y if weight is None else y * weight + (0 if bias is None else bias)
 
 
-def rotate(x: F64, positions: F64, theta: float) -> F64:
-    """(seq, head, head_dim): the halves are the real and imaginary parts of numbers to turn."""
-    half = x.shape[-1] // 2
-    z = x[..., :half] + 1j * x[..., half:]
-    frequency = np.array([theta ** (-2 * i / x.shape[-1]) for i in range(half)])
-    z = z * np.exp(1j * positions[:, None, None] * frequency)
-    return np.concatenate([z.real, z.imag], -1)
+def rotate(x: F64, positions: F64, config: PositionConfig) -> F64:
+    """(seq, head, head_dim): each pair is the real and imaginary part of a number to turn."""
+    dim = config.rope_dim or x.shape[-1]
+    turned, kept = x[..., :dim], x[..., dim:]
+    if config.rope_pairs == "neighbours":
+        z = turned[..., ::2] + 1j * turned[..., 1::2]
+    else:
+        z = turned[..., : dim // 2] + 1j * turned[..., dim // 2 :]
+    frequency, magnitude = zip(*(_frequency(config, i, dim) for i in range(dim // 2)), strict=True)
+    z = z * magnitude * np.exp(1j * positions[:, None, None] * frequency)
+    if config.rope_pairs == "neighbours":
+        turned = np.stack([z.real, z.imag], -1).reshape(turned.shape)
+    else:
+        turned = np.concatenate([z.real, z.imag], -1)
+    return np.concatenate([turned, kept], -1)
 
 
-def attention(q: F64, k: F64, v: F64, offset: int = 0) -> F64:
+def _frequency(config: PositionConfig, i: int, dim: int) -> tuple[float, float]:
+    """Of the i-th pair: radians a position, and the factor of its length."""
+    theta, scaling = config.rope_theta, config.rope_scaling
+    plain = theta ** (-2 * i / dim)
+    if scaling is None:
+        return plain, 1.0
+    if scaling.kind == "linear":
+        return plain / scaling.factor, 1.0
+    length = scaling.original_block_size
+    if scaling.kind == "llama3":  # as in the reference code of Llama 3.1, apply_scaling
+        wavelength = 2 * math.pi / plain
+        if wavelength < length / scaling.high_freq_factor:
+            return plain, 1.0
+        if wavelength > length / scaling.low_freq_factor:
+            return plain / scaling.factor, 1.0
+        smooth = (length / wavelength - scaling.low_freq_factor) / (
+            scaling.high_freq_factor - scaling.low_freq_factor
+        )
+        return (1 - smooth) * plain / scaling.factor + smooth * plain, 1.0
+
+    def pair(turns: float) -> float:
+        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair(scaling.beta_fast), pair(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = min(max((i - low) / (high - low if high > low else 0.001), 0), 1)
+    magnitude = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1
+    return (1 - ramp) * plain + ramp * plain / scaling.factor, magnitude
+
+
+def attention(
+    q: F64,
+    k: F64,
+    v: F64,
+    offset: int = 0,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> F64:
     """(seq, head, head_dim), (cache, kv_head, head_dim) -> (seq, head, head_dim)."""
     out = np.zeros(q.shape)
     for i, h in np.ndindex(q.shape[:2]):
-        weights, group, end = _weights(q, k, offset, i, h)
-        out[i, h] = weights @ v[:end, group]
+        group, end = h // (q.shape[1] // k.shape[1]), min(offset + i + 1, len(k))
+        start = 0 if window is None else max(0, offset + i + 1 - window)
+        scores = k[start:end, group] @ q[i, h] * (scale or q.shape[-1] ** -0.5)
+        scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
+        out[i, h] = softmax(scores) @ v[start:end, group]
     return out
 
 
@@ -70,6 +123,11 @@ def softmax(x: F64) -> F64:
     return e / e.sum(-1, keepdims=True)
 
 
+def head_logits(hidden: F64, weight: F64, bias: F64 | None, softcap: float | None) -> F64:
+    logits = hidden @ weight.T + (0 if bias is None else bias)
+    return logits if softcap is None else softcap * np.tanh(logits / softcap)
+
+
 def cross_entropy(hidden: F64, weight: F64, targets: np.ndarray) -> tuple[float, F64, F64]:
     """(tokens, d_model), (vocab, d_model), (tokens,) -> the mean loss and its two gradients."""
     logits = hidden @ weight.T
@@ -96,27 +154,52 @@ def gpt(config: GPTConfig, arrays: Mapping[str, np.ndarray], tokens: np.ndarray)
         return y if bias is None else y + bias[layer]
 
     def block_norm(name: str, x: F64, layer: int) -> F64:
-        bias = arrays.get(f"blocks.{name}.bias")
-        weight = arrays[f"blocks.{name}.weight"][layer]
-        return norm(config.norm, x, weight, None if bias is None else bias[layer])
+        """Of x if the block has no such norm."""
+        weight, bias = (arrays.get(f"blocks.{name}.{part}") for part in ("weight", "bias"))
+        if weight is None and not (config.norm.scale == "none" and name in norms):
+            return x
+        weight, bias = (None if p is None else p[layer] for p in (weight, bias))
+        return norm(config.norm, x, weight, bias)
 
+    norms = {  # which of its norms a block has, where they have no weights to show it
+        "pre_norm": ("norm1", "norm2"),
+        "post_norm": ("post_norm1", "post_norm2"),
+        "sandwich": ("norm1", "post_norm1", "norm2", "post_norm2"),
+        "parallel": ("norm1", "norm2"),
+        "parallel_shared_norm": ("norm1",),
+    }[config.residual]
     x = arrays["wte.weight"][tokens]
+    if config.embedding_scale == "sqrt_n_embd":
+        x = x * math.sqrt(config.n_embd)
     if config.position.kind == "learned":
-        x = x + arrays["wpe.weight"][positions]
+        x = x + arrays["wpe.weight"][config.position.offset + positions]
     for layer in range(config.n_layer):
-        heads = linear("attention.qkv", block_norm("norm1", x, layer), layer)
+        kind = config.layers[layer % len(config.layers)]
+        position = kind.position or config.position
+        normed = block_norm("norm1", x, layer)
+        heads = linear("attention.qkv", normed, layer)
+        if config.attention.clip_qkv is not None:
+            heads = np.clip(heads, -config.attention.clip_qkv, config.attention.clip_qkv)
         heads = heads.reshape(seq, n_q + 2 * n_kv, width)
         q, k, v = heads[:, :n_q], heads[:, n_q : n_q + n_kv], heads[:, n_q + n_kv :]
-        if config.position.kind == "rope":
-            q = rotate(q, positions, config.position.rope_theta)
-            k = rotate(k, positions, config.position.rope_theta)
-        x = x + linear("attention.out", attention(q, k, v).reshape(seq, n_q * width), layer)
-        y = block_norm("norm2", x, layer)
+        if config.attention.qk_norm == "all_heads":
+            q = block_norm("attention.q_norm", q.reshape(seq, -1), layer).reshape(q.shape)
+            k = block_norm("attention.k_norm", k.reshape(seq, -1), layer).reshape(k.shape)
+        elif config.attention.qk_norm == "head":
+            q = block_norm("attention.q_norm", q, layer)
+            k = block_norm("attention.k_norm", k, layer)
+        if position.kind == "rope":
+            q, k = rotate(q, positions, position), rotate(k, positions, position)
+        mixed = attention(q, k, v, 0, kind.window, config.attention.scale, config.attention.softcap)
+        attended = linear("attention.out", mixed.reshape(seq, n_q * width), layer)
+        after = x + block_norm("post_norm1", attended, layer)
+        y = {"parallel": x, "parallel_shared_norm": normed}.get(config.residual, after)
+        y = block_norm("norm2", y, layer)
         act = ACTIVATIONS[config.mlp.activation]
         inner = linear("mlp.up", y, layer)
         gated = config.mlp.kind == "gated"
         inner = act(linear("mlp.gate", y, layer)) * inner if gated else act(inner)
-        x = x + linear("mlp.down", inner, layer)
-    x = norm(config.norm, x, arrays["norm.weight"], arrays.get("norm.bias"))
+        x = after + block_norm("post_norm2", linear("mlp.down", inner, layer), layer)
+    x = norm(config.norm, x, arrays.get("norm.weight"), arrays.get("norm.bias"))
     head = arrays["wte.weight" if config.head == "tied" else "head.weight"]
-    return x @ head.T
+    return head_logits(x, head, arrays.get("head.bias"), config.logit_softcap)

@@ -1,7 +1,5 @@
 """Decoding against loops written out here, and the distribution that a sampler draws from."""
 
-from collections.abc import Iterator
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -16,12 +14,7 @@ from eqx_gpt.generate import Sampler
 logits = eqx.filter_jit(lambda model, tokens: model(tokens))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """Compiling takes the time here, not running."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def greedy(model: GPT, prompt: np.ndarray, n_new: int) -> np.ndarray:

@@ -17,9 +17,7 @@ import hf_files
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from eqx_gpt.zoo import list_models
 from weights import WeightsError, from_pretrained
-from weights.hub import HUB_IDS
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -167,7 +165,3 @@ def test_no_connection(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(WeightsError, match=message):
         from_pretrained("org/x")
-
-
-def test_every_model_of_the_zoo_is_somewhere() -> None:
-    assert list(HUB_IDS) == list_models()

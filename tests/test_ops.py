@@ -1,7 +1,6 @@
 """The numeric kernels and the small layers against float64 NumPy."""
 
 import math
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,13 @@ import numpy as np
 import pytest
 import reference
 
-from eqx_gpt.config import NormConfig
+from eqx_gpt.config import (
+    LinearScaling,
+    Llama3Scaling,
+    NormConfig,
+    PositionConfig,
+    YarnScaling,
+)
 from eqx_gpt.layers.linear import Embedding, Linear
 from eqx_gpt.layers.mlp import ACTIVATIONS
 from eqx_gpt.layers.norm import Norm
@@ -20,13 +25,7 @@ from eqx_gpt.ops.cross_entropy import cross_entropy
 from eqx_gpt.ops.dropout import dropout
 from eqx_gpt.ops.matmul import linear
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """Compiling takes the time here, not running."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 BF16 = 2.0**-8  # the largest relative error of one rounding to bfloat16
@@ -93,6 +92,18 @@ def test_attention_offset_may_be_a_plain_number() -> None:
     q, k, v = attention_inputs((), 3, 3, 2 + SEQ)
     expected = reference.attention(f64(q), f64(k), f64(v), 2)
     check(jax.jit(lambda q, k, v: causal_attention(q, k, v, offset=2))(q, k, v), expected, 1e-6)
+
+
+@pytest.mark.parametrize("offset", [0, 2])
+@pytest.mark.parametrize(
+    "options",
+    [{"window": 1}, {"window": 3}, {"window": 4, "scale": 1.0}, {"scale": 0.7, "softcap": 0.5}],
+    ids=str,
+)
+def test_attention_with_a_window_a_scale_and_a_soft_cap(options: dict, offset: int) -> None:
+    q, k, v = attention_inputs((), 6, 2, offset + SEQ)
+    found = causal_attention(q, k, v, offset=offset, **options)
+    check(found, reference.attention(f64(q), f64(k), f64(v), offset, **options), 2e-6)
 
 
 def test_attention_with_extreme_scores() -> None:
@@ -219,6 +230,33 @@ def test_cross_entropy_under_jit_and_vmap() -> None:
         check(mapped[1][i], d_weight, 2e-6)
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_cross_entropy_with_a_bias_and_a_soft_cap(
+    softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradients against differences along a random direction in float64."""
+    monkeypatch.setattr(cross_entropy_module, "_CHUNK_LOGITS", 4 * VOCAB)
+    inputs = normal(0, TOKENS, D_MODEL), normal(1, VOCAB, D_MODEL), normal(2, VOCAB)
+    targets = np.random.default_rng(3).integers(0, VOCAB, TOKENS)
+
+    def expected(hidden: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> float:
+        p = reference.softmax(reference.head_logits(hidden, weight, bias, softcap))
+        return -float(np.log(p[np.arange(TOKENS), targets]).mean())
+
+    def loss(hidden: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
+        return cross_entropy(hidden, weight, jnp.asarray(targets, jnp.int32), bias, softcap)
+
+    exact = [f64(x) for x in inputs]
+    assert abs(float(loss(*inputs)) - expected(*exact)) < 1e-6
+    for i, grad in enumerate(jax.grad(loss, argnums=(0, 1, 2))(*inputs)):
+        direction = np.random.default_rng(4).standard_normal(grad.shape)
+        plus, minus = (
+            [*exact[:i], exact[i] + h * direction, *exact[i + 1 :]] for h in (1e-5, -1e-5)
+        )
+        slope = (expected(*plus) - expected(*minus)) / 2e-5
+        assert abs(np.sum(f64(grad) * direction) - slope) < 2e-6 * np.linalg.norm(grad)
+
+
 # Products
 
 
@@ -254,18 +292,43 @@ def test_embedding_takes_rows() -> None:
 def test_rotation_is_complex_multiplication(theta: float, start: int) -> None:
     x = normal(0, 2, SEQ, 3, 10)
     positions = start + np.arange(SEQ)
-    out = rotate(x, jnp.asarray(positions, jnp.int32), theta)
+    config = PositionConfig("rope", rope_theta=theta)
+    out = rotate(x, jnp.asarray(positions, jnp.int32), config)
     for i in range(2):
         # A float32 angle near 3000 is off by up to 1.2e-4, half its last bit.
-        check(out[i], reference.rotate(f64(x[i]), positions, theta), 1e-6 if start == 0 else 2e-4)
+        check(out[i], reference.rotate(f64(x[i]), positions, config), 1e-6 if start == 0 else 2e-4)
 
 
 def test_rotation_in_bfloat16_has_float32_angles() -> None:
     x = normal(0, SEQ, 3, 10, dtype=jnp.bfloat16)
     positions = 3000 + np.arange(SEQ)
-    out = rotate(x, jnp.asarray(positions, jnp.int32), 10_000.0)
+    config = PositionConfig("rope")
+    out = rotate(x, jnp.asarray(positions, jnp.int32), config)
     assert out.dtype == jnp.bfloat16
-    check(out, reference.rotate(f64(x), positions, 10_000.0), 1.1 * BF16)
+    check(out, reference.rotate(f64(x), positions, config), 1.1 * BF16)
+
+
+ROPES = [
+    PositionConfig("rope", rope_dim=6),
+    PositionConfig("rope", rope_dim=6, rope_pairs="neighbours"),
+    PositionConfig("rope", rope_pairs="neighbours"),
+    PositionConfig("rope", rope_scaling=LinearScaling(3.0)),
+    # Wavelengths from 6.3 to 25,000: below, between and above the two limits.
+    PositionConfig("rope", rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 512)),
+    PositionConfig("rope", rope_dim=8, rope_scaling=YarnScaling(4.0, 512)),
+    PositionConfig("rope", rope_scaling=YarnScaling(4.0, 4096, 1.3, 8.0, 0.5, truncate=False)),
+    # Both ends of the ramp fall on one pair.
+    PositionConfig("rope", rope_scaling=YarnScaling(4.0, 6)),
+]
+
+
+@pytest.mark.parametrize("config", ROPES, ids=str)
+def test_rotation_of_some_dimensions_and_scaled(config: PositionConfig) -> None:
+    x = normal(0, SEQ, 3, 10)
+    positions = 37 + np.arange(SEQ)
+    out = rotate(x, jnp.asarray(positions, jnp.int32), config)
+    # A float32 angle near 42 is off by up to 1.9e-6, half its last bit.
+    check(out, reference.rotate(f64(x), positions, config), 4e-6)
 
 
 # Norms
@@ -276,6 +339,8 @@ NORMS = [
     NormConfig(bias=False),
     NormConfig("rmsnorm", eps=1e-6, bias=False),
     NormConfig("rmsnorm", eps=0.1, bias=False),
+    NormConfig("rmsnorm", bias=False, scale="one_plus_weight"),
+    NormConfig(bias=False, scale="none"),
 ]
 
 
@@ -283,19 +348,25 @@ NORMS = [
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_norm(config: NormConfig, dtype: jnp.dtype) -> None:
     x = (3 + 0.5 * normal(0, 2, 5, 53)).astype(dtype)
-    weight, bias = normal(1, 53), normal(2, 53) if config.bias else None
-    out = Norm(weight, bias, config.kind, config.eps)(x)
+    weight = None if config.scale == "none" else normal(1, 53)
+    bias = normal(2, 53) if config.bias else None
+    out = Norm(weight, bias, config)(x)
     assert out.dtype == dtype
-    expected = reference.norm(config, f64(x), f64(weight), None if bias is None else f64(bias))
+    parts = [None if part is None else f64(part) for part in (weight, bias)]
+    expected = reference.norm(config, f64(x), *parts)
     check(out, expected, 2e-6 if dtype == jnp.float32 else BF16)
 
 
 @pytest.mark.parametrize("config", NORMS, ids=str)
 def test_fresh_norm_has_the_configs_fields(config: NormConfig) -> None:
+    """And scales by 1."""
     norm = Norm.init(config, 53)
-    assert np.array_equal(norm.weight, np.ones(53))
+    assert norm.config == config
     assert (norm.bias is not None) == config.bias
-    assert (norm.kind, norm.eps) == (config.kind, config.eps)
+    assert (norm.weight is None) == (config.scale == "none")
+    x = normal(0, 2, 53)
+    ones = np.zeros(53) if config.scale == "one_plus_weight" else np.ones(53)
+    check(norm(x), reference.norm(config, f64(x), ones, None), 2e-6)
 
 
 # Activations

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from architectures import ARCHITECTURES, lively, random_tokens
 
 from eqx_gpt import GPT, GPTConfig
 from eqx_gpt.tree import named_arrays
@@ -114,6 +115,17 @@ def test_loss_is_that_of_the_logits():
     expected = -np.take_along_axis(log_p, np.asarray(batch)[:, 1:, None], -1).mean()
     assert float(next_token_loss(state.model, batch)) == pytest.approx(expected, rel=1e-6)
     assert float(eval_step(state.model, batch, recipe.dtype)) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gptj", "gemma2"])
+def test_loss_knows_the_whole_head(name):
+    """With a bias of the head, and with a soft cap."""
+    model = lively(ARCHITECTURES[name])
+    batch = random_tokens(model.config, 3, 8)
+    log_p = jax.nn.log_softmax(model(batch[:, :-1]))
+    log_p = jnp.take_along_axis(log_p, jnp.asarray(batch)[:, 1:, None], axis=-1)
+    expected = -float(jnp.mean(log_p))
+    assert float(next_token_loss(model, jnp.asarray(batch))) == pytest.approx(expected, rel=1e-6)
 
 
 def test_accumulation_is_one_large_batch_on_device_and_from_host():

@@ -102,6 +102,24 @@ def test_round_trip_is_bit_exact(dtype: Any, tmp_path: Path) -> None:
     assert from_pretrained(source, dtype="auto").wte.weight.dtype == jnp.dtype(dtype)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fused_heads_of_gpt_neox(dtype: Any, tmp_path: Path) -> None:
+    config = hf_files.GPT_NEOX_CONFIG
+    tensors = {k: v.astype(jnp.dtype(dtype)) for k, v in hf_files.gpt_neox_tensors(config).items()}
+    model = from_pretrained(hf_files.write_model(tmp_path / "in", config, tensors), dtype=dtype)
+    qkv = np.asarray(model.blocks.attention.qkv.weight)
+    for layer in range(2):
+        # 3 heads, each with 8 rows of q, 8 of k and 8 of v
+        fused = tensors[f"gpt_neox.layers.{layer}.attention.query_key_value.weight"]
+        for i, part in enumerate(np.split(qkv[layer], 3)):
+            heads = [fused[24 * head + 8 * i :][:8] for head in range(3)]
+            assert np.array_equal(part, np.concatenate(heads))
+    save_pretrained(model, tmp_path / "out")
+    found = load_tensors(tmp_path / "out")
+    assert found.keys() == tensors.keys()
+    assert all(np.array_equal(found[key], value) for key, value in tensors.items())
+
+
 def test_dtype_is_converted(tmp_path: Path) -> None:
     half = {key: value.astype(ml_dtypes.bfloat16) for key, value in TENSORS.items()}
     model = from_pretrained(hf_files.write_model(tmp_path, CONFIG, half))
@@ -304,7 +322,7 @@ def test_a_directory_without_weights(directory: Path) -> None:
         ("./gpt2", r"\./gpt2 does not exist"),
         ("a/b/c", "a/b/c does not exist"),
         ("/nowhere", "/nowhere does not exist"),
-        ("model.gguf", "GGUF files are not supported yet"),
+        ("model.gguf", "model.gguf does not exist"),
         (Path("gpt3"), "gpt3 does not exist"),
         ("hf/model.safetensors", "is a file; give the directory"),
         ("hf/..", "is no model: expected config.json"),
@@ -457,7 +475,8 @@ def test_gpt2_tokenizer_is_saved_and_loaded(tmp_path: Path) -> None:
 def test_json_tokenizer_is_saved_and_loaded(tmp_path: Path) -> None:
     tokenizer = JSONTokenizer(gpt2_tokenizer_json(), "<|endoftext|>")
     save_pretrained(random_model(GPT2_SIZED), tmp_path, tokenizer=tokenizer)
-    assert load_tokenizer(tmp_path) == tokenizer
+    named = {"eos_token": "<|endoftext|>"}
+    assert load_tokenizer(tmp_path) == dataclasses.replace(tokenizer, special_tokens=named)
     as_object = {"eos_token": {"content": "<|endoftext|>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(as_object))
     assert load_tokenizer(tmp_path).end_of_text == 50256

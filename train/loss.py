@@ -24,4 +24,5 @@ def next_token_loss(
     """
     computing = model if jnp.dtype(dtype) == jnp.float32 else cast(model, dtype)
     hidden, _ = computing.hidden(windows[..., :-1], key=key)
-    return cross_entropy(hidden, computing.head_weight, windows[..., 1:])
+    weight, bias = computing.head_weight, computing.head_bias
+    return cross_entropy(hidden, weight, windows[..., 1:], bias, model.config.logit_softcap)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 SHOWN = 40
+LARGEST_JSON = 2**28  # bytes; the largest tokenizers take a tenth
 
 
 class WeightsError(ValueError):
@@ -29,6 +30,9 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{constant} is not a JSON number")
 
     try:
+        n_bytes = path.stat().st_size
+        if n_bytes > LARGEST_JSON:
+            raise ValueError(f"{n_bytes} bytes, expected at most {LARGEST_JSON}")
         values = json.loads(path.read_text("utf-8"), parse_constant=refuse)
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read ({error.strerror or error})") from error

@@ -1,17 +1,19 @@
 """What one family of Hugging Face models declares, and its config.json read and written.
 
-A family is data: a table of fields, which serves both directions, and a key map. What its files
-cannot express is found by writing a config and reading it again.
+A family is data: a table of fields, which serves both directions, groups of those that must be
+read together, and a key map. What its files cannot express is found by writing a config and
+reading it again.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from eqx_gpt.config import GPTConfig
-from weights.errors import WeightsError, raise_problems
+from weights.errors import raise_problems
+from weights.groups import Group
 from weights.rules import KeyMap
 
 
@@ -20,12 +22,16 @@ class Field:
     """A field of config.json: transformers' default, and the places in GPTConfig that it sets.
 
     `values` translates, from theirs to ours; the first of several names is the one written.
-    A field that sets several places is a flag, and true where one of them is.
+    A field that sets several places is a flag, and true where one of them is. `null` says what
+    null in the file means: the default, or a value of its own, which is None in GPTConfig too.
     """
 
     default: Any
     paths: tuple[str, ...]
     values: Mapping[Any, Any] | None = None
+    null: Literal["default", "none"] = "default"
+    kind: type | None = None
+    """Of the value; None is that of the default, and int if there is no default."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,9 @@ class Family:
     - `architecture`: the class of transformers that holds the model with its head.
     - `base`: what all its models have, as place in GPTConfig -> value; otherwise GPTConfig's
       defaults.
-    - `fields`: the fields that make the config; `outer.inner` is a field of an object.
-    - `aliases`: what old files call a field -> its name in `fields`.
+    - `fields`: the fields that make the config.
+    - `groups`: of fields that only together say something.
+    - `aliases`: what old files call a field -> its name in `fields` or in a group.
     - `fixed`: name -> the only value that our block computes, which is transformers' default.
     - `dropout`: names of probabilities; written from `GPTConfig.dropout` and not read, for they
       belong to training.
@@ -49,11 +56,12 @@ class Family:
     architecture: str
     base: Mapping[str, Any]
     fields: Mapping[str, Field]
-    aliases: Mapping[str, str]
-    fixed: Mapping[str, Any]
-    dropout: tuple[str, ...]
-    ignored: frozenset[str]
     key_map: Callable[[GPTConfig], KeyMap]
+    groups: tuple[Group, ...] = ()
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    dropout: tuple[str, ...] = ()
+    ignored: frozenset[str] = frozenset()
     refusal: Callable[[GPTConfig], str | None] = lambda config: None
 
 
@@ -61,6 +69,7 @@ HEAD = {True: "tied", False: "untied"}
 ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "gelu": "gelu",
     "relu": "relu",
     "silu": "silu",
@@ -80,6 +89,8 @@ _IGNORED = """
     bad_words_ids begin_suppress_tokens suppress_tokens exponential_decay_length_penalty
     forced_bos_token_id forced_eos_token_id remove_invalid_values return_dict_in_generate
     output_scores torchscript tf_legacy_loss use_bfloat16 _attn_implementation_autoset
+    cache_implementation transformers.js_config auto_map unsloth_fixed unsloth_version
+    _attn_implementation attn_implementation _flash_attn_2_enabled
 """
 IGNORED = frozenset(_IGNORED.split())
 FIXED: Mapping[str, Any] = {
@@ -91,6 +102,7 @@ FIXED: Mapping[str, Any] = {
     "tie_encoder_decoder": False,
 }
 LARGEST_INT = 2**31 - 1
+MOST_LAYERS = 10_000
 
 # Of training or of how the computation runs: no part of what a file holds.
 NOT_IN_FILES = ("dropout", "unroll", "remat", "n_token")
@@ -104,17 +116,22 @@ def from_hf(family: Family, hf: Mapping[str, Any], where: str) -> GPTConfig:
     """
     fixed = {**FIXED, **family.fixed}
     ignored = {*IGNORED, *family.ignored, *family.dropout}
+    in_groups = {name for group in family.groups for name in group.names}
     values: dict[str, Any] = {}
     problems: list[str] = []
-    for found_name, value in _flat(hf, family).items():
+    for found_name, value in hf.items():
         name = family.aliases.get(found_name, found_name)
-        if value is None or name in ignored:
+        field = family.fields.get(name)
+        if name in in_groups or (value is None and field is not None and field.null == "none"):
+            values[name] = value
+        elif value is None or name in ignored:
             continue
-        if name in family.fields:
-            expected = _expected_instead_of(value, family.fields[name])
+        elif field is not None:
+            expected = _expected_instead_of(value, field)
             if expected:
                 problems.append(f"{found_name} is {value!r:.80}, expected {expected}")
-            elif values.setdefault(name, value) != value:
+            value = float(value) if _kind(field) is float and not expected else value
+            if not expected and values.setdefault(name, value) != value:
                 problems.append(f"{found_name} is {value!r:.80}, elsewhere it is {values[name]!r}")
         elif name not in fixed:
             problems.append(f"{found_name} is {value!r:.80}, a field that is not understood")
@@ -131,7 +148,11 @@ def from_hf(family: Family, hf: Mapping[str, Any], where: str) -> GPTConfig:
             _set(parts, path, value if field.values is None else field.values[value])
     try:
         config = GPTConfig.from_dict(parts)
-    except ValueError as error:
+        if config.n_layer > MOST_LAYERS:  # before anything is listed layer by layer
+            raise ValueError(f"{config.n_layer} layers are absurd, at most {MOST_LAYERS} are read")
+        for group in family.groups:
+            config = group.read({k: v for k, v in values.items() if k in group.names}, config)
+    except (TypeError, ValueError) as error:
         raise_problems(where, [str(error)])
     refusal = family.refusal(config)
     if refusal is not None:
@@ -140,16 +161,23 @@ def from_hf(family: Family, hf: Mapping[str, Any], where: str) -> GPTConfig:
 
 
 def to_hf(family: Family, config: GPTConfig) -> dict[str, Any]:
-    """All the fields of config.json that the family gives a meaning."""
+    """All the fields of config.json that the family gives a meaning.
+
+    ValueError if it has no word for a value.
+    """
     hf: dict[str, Any] = dict.fromkeys(family.dropout, config.dropout)
-    for name, value in family.fixed.items():
-        _set(hf, name, value)
     for name, field in family.fields.items():
         ours = [_get(config, path) for path in field.paths]
         value = ours[0] if len(ours) == 1 else any(ours)
         if field.values is not None:
-            value = next(theirs for theirs, our in field.values.items() if our == value)
-        _set(hf, name, value)
+            names = [theirs for theirs, our in field.values.items() if our == value]
+            if not names:
+                raise ValueError(f"{field.paths[0]} is {value!r}, for which {name} has no name")
+            value = field.default if field.default in names else names[0]
+        if value is not None or field.default is not None:
+            hf[name] = value
+    for group in family.groups:
+        hf |= group.write(config)
     return hf
 
 
@@ -162,43 +190,43 @@ def closest(family: Family, config: GPTConfig) -> tuple[GPTConfig, list[str]]:
     config = dataclasses.replace(config, vocab_size=config.real_vocab_size, n_token=None)
     try:
         held = from_hf(family, to_hf(family, config), "config.json")
-    except WeightsError as error:
+    except ValueError as error:
         return config, [str(error)]
     reasons = []
     for path, theirs in _resolved(held).items():
         ours = _resolved(config)[path]
-        zero_bias = path.endswith("bias") and theirs and not ours
-        if ours != theirs and not zero_bias:
+        if ours != theirs and not _adds_bias(path, theirs, ours):
             reasons.append(f"{path} is {ours!r}, there it is {theirs!r}")
     return dataclasses.replace(held, dropout=config.dropout), reasons
 
 
-def _flat(hf: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """The fields, with those of objects as `outer.inner` where the family knows such names."""
-    objects = {name.split(".")[0] for name in (*family.fields, *family.fixed) if "." in name}
-    flat: dict[str, Any] = {}
-    for name, value in hf.items():
-        if name in objects and isinstance(value, Mapping):
-            flat |= {f"{name}.{inner}": inner_value for inner, inner_value in value.items()}
-        else:
-            flat[name] = value
-    return flat
+def adds_biases(held: GPTConfig, config: GPTConfig) -> bool:
+    """Whether `held` has biases that `config` has not."""
+    ours = _resolved(config)
+    return any(_adds_bias(path, theirs, ours[path]) for path, theirs in _resolved(held).items())
+
+
+def _adds_bias(path: str, theirs: Any, ours: Any) -> bool:
+    return path.endswith("bias") and theirs is True and ours is False
 
 
 def _expected_instead_of(value: Any, field: Field) -> str | None:
-    """What kind of value was expected, judged by the default; None if `value` is one."""
+    """What kind of value was expected; None if `value` is one."""
     whole = isinstance(value, int) and not isinstance(value, bool)
-    match field.default:
-        case bool():
-            return None if isinstance(value, bool) else "true or false"
-        case float():
-            number = whole or isinstance(value, float)
-            return None if number and value > 0 and math.isfinite(value) else "a number above 0"
-        case str() if field.values is not None:
-            known = isinstance(value, str) and value in field.values
-            return None if known else f"one of {', '.join(map(repr, field.values))}"
-        case _:
-            return None if whole and 0 < value <= LARGEST_INT else "a whole number above 0"
+    kind = _kind(field)
+    if kind is bool:
+        return None if isinstance(value, bool) else "true or false"
+    if kind is float:
+        number = whole or isinstance(value, float)
+        return None if number and value > 0 and math.isfinite(value) else "a number above 0"
+    if kind is str and field.values is not None:
+        known = isinstance(value, str) and value in field.values
+        return None if known else f"one of {', '.join(map(repr, field.values))}"
+    return None if whole and 0 < value <= LARGEST_INT else "a whole number above 0"
+
+
+def _kind(field: Field) -> type:
+    return field.kind or (int if field.default is None else type(field.default))
 
 
 def _set(tree: dict[str, Any], path: str, value: Any) -> None:
@@ -223,8 +251,11 @@ def _resolved(config: GPTConfig) -> dict[str, Any]:
             flat |= {f"{name}.{inner}": inner_value for inner, inner_value in value.items()}
         elif name not in NOT_IN_FILES:
             flat[name] = value
+    n_kind = len(config.layers)
     return flat | {
         "attention.n_kv_head": config.n_kv_head,
         "attention.head_dim": config.head_dim,
+        "attention.scale": config.attention.scale or config.head_dim**-0.5,
         "mlp.n_inner": config.n_inner,
+        "layers": [config.layers[i % n_kind] for i in range(config.n_layer)],
     }

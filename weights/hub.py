@@ -1,4 +1,4 @@
-"""Finding a model's files: a zoo name, a hub id, a local directory in either layout.
+"""Finding a model's files: a zoo name, a hub id, a local directory or GGUF file.
 
 Files are fetched one by one and only when asked for, through `huggingface_hub`, which honours
 HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and its cache.
@@ -12,16 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 from eqx_gpt.config import did_you_mean
-from eqx_gpt.zoo import list_models
+from eqx_gpt.zoo import HUB_IDS, list_models
 from weights.errors import WeightsError, raise_problems, read_json
 
-HUB_IDS = {
-    "gpt2": "openai-community/gpt2",
-    "gpt2-medium": "openai-community/gpt2-medium",
-    "gpt2-large": "openai-community/gpt2-large",
-    "gpt2-xl": "openai-community/gpt2-xl",
-    "distilgpt2": "distilbert/distilgpt2",
-}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -30,17 +23,17 @@ class Source:
     """Where the files of one model are.
 
     - `kind`: `run` is a directory that training wrote, `directory` a local one in the hub's
-      layout, `hub` a repository.
-    - `location`: the directory, or the hub id.
+      layout, `gguf` a file of llama.cpp, `hub` a repository.
+    - `location`: the directory, the file, or the hub id.
     """
 
-    kind: Literal["run", "directory", "hub"]
+    kind: Literal["run", "directory", "gguf", "hub"]
     location: str
     revision: str | None = None
 
     @property
     def path(self) -> Path:
-        """The directory; not of a hub repository."""
+        """The directory or file; not of a hub repository."""
         assert self.kind != "hub"
         return Path(self.location)
 
@@ -122,16 +115,21 @@ def find(name_or_path: str | Path, revision: str | None = None) -> Source:
     if name in HUB_IDS and not isinstance(name_or_path, Path):
         return _on_hub(HUB_IDS[name], revision)
     path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        raise WeightsError(f"{name}: GGUF files are not supported yet; give an HF directory")
     if path.exists():
         return _local(path, name, revision)
-    if HUB_ID.fullmatch(name) and not isinstance(name_or_path, Path):
+    local = path.suffix == ".gguf" or isinstance(name_or_path, Path)
+    if HUB_ID.fullmatch(name) and not local:
+        if path.parent.is_dir():
+            raise WeightsError(
+                f"{name} is no model in the local directory {path.parent}, which exists; check "
+                "the spelling, or, if the model of that name on the hub is meant, call this from "
+                "another directory"
+            )
         return _on_hub(name, revision)
-    if len(path.parts) > 1 or name.startswith((".", "~")) or isinstance(name_or_path, Path):
+    if local or len(path.parts) > 1 or name.startswith((".", "~")):
         raise WeightsError(
-            f"{name} does not exist; give an existing directory, a hub id such as "
-            f"'openai-community/gpt2', or a name of the zoo: {', '.join(list_models())}"
+            f"{name} does not exist; give an existing directory or .gguf file, a hub id such as "
+            f"'openai-community/gpt2', or a name of eqx_gpt.list_models()"
         )
     raise WeightsError(
         f"{name!r} is neither a model of the zoo nor a local directory; "
@@ -143,6 +141,8 @@ def _local(path: Path, name: str, revision: str | None) -> Source:
     if revision is not None:
         raise WeightsError(f"{name} is local: revision={revision!r} is only for the hub")
     if not path.is_dir():
+        if path.suffix == ".gguf":
+            return Source("gguf", str(path))
         raise WeightsError(f"{name} is a file; give the directory that holds its config.json")
     if (path / "run.json").is_file():
         return Source("run", str(path))
@@ -194,7 +194,8 @@ def weight_files(source: Source) -> tuple[list[Path], dict[str, str]]:
 
 
 def _is_shard_name(name: object) -> bool:
-    return isinstance(name, str) and bool(re.fullmatch(r"\w[\w.-]*\.safetensors", name, re.ASCII))
+    shard = r"\w[\w.-]{,200}\.safetensors"
+    return isinstance(name, str) and bool(re.fullmatch(shard, name, re.ASCII))
 
 
 def _shards(source: Source, names: Sequence[str]) -> list[Path]:

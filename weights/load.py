@@ -1,25 +1,33 @@
 """Models from files: `from_pretrained`."""
 
 import math
+import os
 from collections.abc import Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
 from eqx_gpt.config import GPTConfig
 from eqx_gpt.gpt import GPT
+from eqx_gpt.sharding import shardings
 from eqx_gpt.tree import cast, named_arrays, with_arrays
 from weights.errors import WeightsError, raise_problems, read_json
 from weights.families import family_of
 from weights.family import from_hf
+from weights.gguf_model import open_gguf
 from weights.hub import Source, find, weight_files
-from weights.rules import HEAD_KEY, LAYER, KeyMap, Rule, key_shapes
+from weights.rules import LAYER, KeyMap, Rule, key_shapes
 from weights.run import read_run_arrays, read_run_config
-from weights.tensors import DTYPES, StoredTensor, aligned_empty, open_tensors
+from weights.tensors import DTYPES, StoredTensor, aligned_empty, open_tensors, row_blocks
 
+MOST_THREADS = 4  # memory is the limit, not arithmetic
 LARGEST_LEAF = 2**48  # numbers; numpy cannot even describe many more
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -29,17 +37,20 @@ def from_pretrained(
     *,
     dtype: DType | Literal["auto"] = "float32",
     revision: str | None = None,
+    mesh: Mesh | None = None,
 ) -> GPT:
     """A model with its trained weights.
 
     **Arguments:**
 
     - `name_or_path`: a name of `eqx_gpt.list_models()`, a hub id `organisation/name`, a local
-      directory in the hub's layout, or a run directory (its best checkpoint where it kept one,
-      otherwise its last).
+      directory in the hub's layout, a `.gguf` file of llama.cpp, or a run directory (its best
+      checkpoint where it kept one, otherwise its last).
     - `dtype`: of the weights and of the computation; norms stay float32 (`eqx_gpt.cast`). `auto`
-      is the dtype of the token embedding in the file.
+      is the dtype of the token embedding in the file, float32 where that is quantised.
     - `revision`: branch, tag or commit on the hub.
+    - `mesh`: the devices to split the model over, as `eqx_gpt.sharding` says; None is the first
+      device. Each shard is read by itself: in the memory of the host there is no more at a time.
 
     **Returns:** the model, with dropout 0 unless it comes from a run.
 
@@ -51,28 +62,50 @@ def from_pretrained(
             f"dtype must be 'auto', {', '.join(map(repr, DTYPES.values()))}, got {dtype!r}"
         )
     source = find(name_or_path, revision)
-    return _load_run(source.path, dtype) if source.kind == "run" else _load_hf(source, dtype)
+    if source.kind == "run":
+        return _load_run(source.path, dtype, mesh)
+    return _load_files(source, dtype, mesh)
 
 
+@lru_cache(maxsize=4)
 def skeleton(config: GPTConfig, dtype: str) -> GPT:
     """The model with shapes and dtypes in the place of arrays. Allocates nothing."""
     return eqx.filter_eval_shape(
-        lambda key: cast(GPT.init(config, key=key), jnp.dtype(dtype)), jax.random.key(0)
+        lambda: cast(GPT.init(config, key=jax.random.key(0)), jnp.dtype(dtype))
     )
 
 
-def _load_run(run_dir: Path, dtype: str) -> GPT:
+def _placed(model: GPT, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
+    """What each leaf of a skeleton is to be, and where."""
+    try:
+        where = {} if mesh is None else shardings(model, mesh)
+    except ValueError as error:
+        raise WeightsError(str(error)) from error
+    here = jax.device_put(np.float32(0)).sharding
+    return {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where.get(name, here))
+        for name, x in named_arrays(model).items()
+    }
+
+
+def _load_run(run_dir: Path, dtype: str, mesh: Mesh | None) -> GPT:
     model = skeleton(read_run_config(run_dir), "float32" if dtype == "auto" else dtype)
-    return with_arrays(model, read_run_arrays(run_dir, named_arrays(model)))
+    return with_arrays(model, read_run_arrays(run_dir, _placed(model, mesh)))
 
 
-def _load_hf(source: Source, dtype: str) -> GPT:
+def _open_hf(source: Source) -> tuple[GPTConfig, KeyMap, dict[str, StoredTensor]]:
     where = f"{source.location}/config.json"
     hf = read_json(source.file("config.json"))
     family = family_of(hf, where)
     config = from_hf(family, hf, where)
     found = open_tensors(*weight_files(source))
-    key_map = family.key_map(config).as_in(found)
+    return config, family.key_map(config).as_in(found), found
+
+
+def _load_files(source: Source, dtype: str, mesh: Mesh | None) -> GPT:
+    gguf = source.kind == "gguf"
+    where = source.location if gguf else f"{source.location}/config.json"
+    config, key_map, found = open_gguf(source.path) if gguf else _open_hf(source)
     if config.n_layer > len(found):  # before anything is listed layer by layer
         raise WeightsError(
             f"{where} says {config.n_layer} layers, but the files hold {len(found)} tensors in all"
@@ -81,7 +114,7 @@ def _load_hf(source: Source, dtype: str) -> GPT:
         embedding = found.get(key_map.embedding)
         dtype = DTYPES.get(embedding.dtype, "float32") if embedding else "float32"
     model = skeleton(config, dtype)
-    leaves = named_arrays(model)
+    leaves = _placed(model, mesh)
     for name, leaf in leaves.items():
         if math.prod(leaf.shape) > LARGEST_LEAF:
             raise WeightsError(f"{where} asks for {name} of shape {leaf.shape}, which is absurd")
@@ -89,14 +122,44 @@ def _load_hf(source: Source, dtype: str) -> GPT:
     problems = mismatches(key_map, rules, leaves, found)
     if problems:
         raise_problems(source.location, problems)
-    return with_arrays(model, {rule.leaf: _fill(rule, leaves[rule.leaf], found) for rule in rules})
+    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
+        return with_arrays(model, {r.leaf: _read(r, leaves[r.leaf], found, threads) for r in rules})
 
 
-def _fill(rule: Rule, leaf: jax.ShapeDtypeStruct, found: Mapping[str, StoredTensor]) -> jax.Array:
-    buffer = aligned_empty(leaf.shape, leaf.dtype)
-    for key, view in rule.views(buffer):
-        found[key].read_into(view)
-    return jax.device_put(buffer)
+def _read(
+    rule: Rule, leaf: jax.ShapeDtypeStruct, found: Mapping[str, StoredTensor], threads: Executor
+) -> jax.Array:
+    """A leaf where its sharding says; in the memory of the host, one shard at a time."""
+    assert leaf.sharding is not None
+    indices: Mapping[Any, Any] = leaf.sharding.addressable_devices_indices_map(leaf.shape)
+    devices: dict[tuple[range, ...], list[Any]] = {}
+    for device, index in indices.items():
+        box = tuple(range(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True))
+        devices.setdefault(box, []).append(device)
+    shards = []
+    for box, (first, *others) in devices.items():
+        shards.append(jax.device_put(_read_box(rule, box, leaf, found, threads), first))
+        shards += [jax.device_put(shards[-1], other) for other in others]
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
+
+
+def _read_box(
+    rule: Rule,
+    box: tuple[range, ...],
+    leaf: jax.ShapeDtypeStruct,
+    found: Mapping[str, StoredTensor],
+    threads: Executor,
+) -> np.ndarray:
+    part = aligned_empty(tuple(map(len, box)), leaf.dtype)
+    n_rows = leaf.shape[1 if rule.stacked else 0]
+    reads = []
+    for key, view, (rows, *others) in rule.reads(part, box, n_rows):
+        for block in row_blocks(rows.start, view.shape):
+            of_view = view[block.start - rows.start : block.stop - rows.start]
+            reads.append(threads.submit(found[key].read_into, of_view, (block, *others)))
+    for read in reads:
+        read.result()
+    return part
 
 
 def mismatches(
@@ -117,9 +180,9 @@ def mismatches(
         shapes = key_shapes(rule, leaves[rule.leaf].shape)
         assert not wanted.keys() & shapes, "the rules of a family read each key once"
         wanted |= shapes
-    copied = HEAD_KEY in found and HEAD_KEY not in wanted
+    copied = key_map.head in found and key_map.head not in wanted
     if copied:
-        wanted[HEAD_KEY] = wanted[key_map.embedding]
+        wanted[key_map.head] = wanted[key_map.embedding]
     problems = []
     for key, shape in wanted.items():
         if key not in found:
@@ -129,10 +192,10 @@ def mismatches(
             problems.append(f"{key} has shape {found[key].shape}, the config asks for {shape}")
         if found[key].dtype not in DTYPES:
             problems.append(f"{key} has dtype {found[key].dtype}, expected {', '.join(DTYPES)}")
-    if copied and not problems and not found[HEAD_KEY].equals(found[key_map.embedding]):
+    if copied and not problems and not found[key_map.head].equals(found[key_map.embedding]):
         problems.append(
-            f"{HEAD_KEY} differs from {key_map.embedding}, though tie_word_embeddings is true; if "
-            "the model has a head of its own, set it to false in config.json"
+            f"{key_map.head} differs from {key_map.embedding}, though tie_word_embeddings is true; "
+            "if the model has a head of its own, set it to false in config.json"
         )
     n_layer = max(leaf.shape[0] for name, leaf in leaves.items() if name.startswith("blocks."))
     ignored = {t.replace(LAYER, str(i)) for t in key_map.ignored for i in range(n_layer)}

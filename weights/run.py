@@ -8,7 +8,6 @@ best/<step>/model/            the same, where the run kept the best
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -49,8 +48,10 @@ def run_checkpoint(run_dir: Path) -> Path:
     )
 
 
-def read_run_arrays(run_dir: Path, leaves: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """The arrays of the checkpoint, in the shapes and dtypes of `leaves`, on one device.
+def read_run_arrays(
+    run_dir: Path, leaves: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """The arrays of the checkpoint, in the shapes, dtypes and shardings of `leaves`.
 
     However they were sharded when saved. WeightsError if the checkpoint is damaged or holds
     other arrays.
@@ -71,14 +72,9 @@ def read_run_arrays(run_dir: Path, leaves: Mapping[str, Any]) -> dict[str, jax.A
             problems.append(f"{name} has shape {found}, run.json asks for {expected}")
     if problems:
         raise_problems(str(path), sorted(problems))
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    targets = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
-        for name, leaf in leaves.items()
-    }
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(path, targets)
+            return checkpointer.restore(path, dict(leaves))
     except Exception as error:
         raise _damaged(path, error) from error
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from eqx_gpt.config import did_you_mean
+from eqx_gpt.config import GPTConfig, did_you_mean
 from eqx_gpt.gpt import GPT
 from eqx_gpt.tokenizer import Tokenizer
 from eqx_gpt.tree import named_arrays
@@ -21,13 +21,16 @@ from weights.errors import WeightsError
 from weights.families import family_for
 from weights.family import to_hf
 from weights.load import DType, skeleton
+from weights.rules import KeyMap, tensor_shape
 from weights.tensors import DTYPES
-from weights.tokenizer import write_tokenizer
+from weights.tokenizer import special_ids, write_tokenizer
 
+Tensors = dict[str, tuple[np.ndarray, tuple[int, ...]]]
+"""By key, a view whose numbers are the tensor's in its order, and the shape of the tensor."""
 INDEX = "model.safetensors.index.json"
 WRITTEN_HERE = re.compile(
     r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors|"
-    r"model\.safetensors\.index\.json|tokenizer(_config|_spec)?\.json"
+    r"model\.safetensors\.index\.json|tokenizer(_config|_spec)?\.json|chat_template\.jinja"
 )
 
 
@@ -70,24 +73,14 @@ def save_pretrained(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}; "
             "give the tokenizer that the model was trained with"
         )
-    held = named_arrays(skeleton(config, dtype_name))
-    ours = named_arrays(model)
-    tensors: dict[str, np.ndarray] = {}
-    for rule in family.key_map(config).all_rules(config.head):
-        shape = held[rule.leaf].shape
-        if rule.leaf in ours:
-            # Only tables of the vocabulary have more rows than the file.
-            leaf = np.asarray(ours[rule.leaf])[: shape[0]]
-        else:
-            leaf = np.broadcast_to(np.zeros((), jnp.dtype(dtype_name)), shape)
-        tensors |= rule.views(leaf)
-    end = _end_of_text(tokenizer, family.model_type, config.vocab_size)
-    special = {"bos_token_id": end, "eos_token_id": end}
+    tensors = tensors_of(model, config, family.key_map(config), dtype_name)
+    special = _special_ids(tokenizer, family.model_type, config.vocab_size)
     described = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "dtype": dtype_name,
         **to_hf(family, config),
+        "pad_token_id": None,  # rather than the family's default, which no tokenizer vouches for
         **special,
     }
     with _replacing(target) as partial:
@@ -113,10 +106,33 @@ def check_target(directory: str | Path) -> Path:
     return target
 
 
-def _end_of_text(tokenizer: Tokenizer | None, model_type: str, vocab_size: int) -> int | None:
+def tensors_of(model: GPT, config: GPTConfig, key_map: KeyMap, dtype_name: str) -> Tensors:
+    """The tensors of a file that holds the model as `config` says.
+
+    Biases that the model lacks are zeros; padding of the vocabulary is left out.
+    """
+    held = named_arrays(skeleton(config, dtype_name))
+    ours = named_arrays(model)
+    tensors: Tensors = {}
+    for rule in key_map.all_rules(config.head):
+        shape = held[rule.leaf].shape
+        if rule.leaf in ours:
+            # Only tables of the vocabulary have more rows than the file.
+            leaf = np.asarray(ours[rule.leaf])[: shape[0]]
+        else:
+            leaf = np.broadcast_to(np.zeros((), jnp.dtype(dtype_name)), shape)
+        for key, view in rule.views(leaf):
+            tensors[key] = (view, tensor_shape(rule, view))
+    return tensors
+
+
+def _special_ids(
+    tokenizer: Tokenizer | None, model_type: str, vocab_size: int
+) -> dict[str, int | list[int] | None]:
     if tokenizer is not None:
-        return tokenizer.end_of_text
-    return 50256 if (model_type, vocab_size) == ("gpt2", 50257) else None
+        return special_ids(tokenizer)
+    end = 50256 if (model_type, vocab_size) == ("gpt2", 50257) else None
+    return {"bos_token_id": end, "eos_token_id": end}
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -124,19 +140,19 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def _write_shards(
-    tensors: dict[str, np.ndarray], directory: Path, dtype: np.dtype, max_bytes: int | float
+    tensors: Tensors, directory: Path, dtype: np.dtype, max_bytes: int | float
 ) -> None:
     """One file, or several and their index. Each is cast and laid out only when written."""
     from safetensors.numpy import save_file
 
-    shards: list[dict[str, np.ndarray]] = [{}]
+    shards: list[Tensors] = [{}]
     room = max_bytes
-    for key, view in tensors.items():
+    for key, (view, shape) in tensors.items():
         n_bytes = view.size * dtype.itemsize
         if n_bytes > room and shards[-1]:
             shards.append({})
             room = max_bytes
-        shards[-1][key] = view
+        shards[-1][key] = (view, shape)
         room -= n_bytes
     index: dict[str, str] = {}
     for i, shard in enumerate(shards):
@@ -144,12 +160,12 @@ def _write_shards(
         name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         name = "model.safetensors" if one else name
         index |= dict.fromkeys(shard, name)
-        laid_out = {key: np.ascontiguousarray(v, dtype) for key, v in shard.items()}
+        laid_out = {k: np.ascontiguousarray(v, dtype).reshape(s) for k, (v, s) in shard.items()}
         save_file(laid_out, directory / name, metadata={"format": "pt"})
         # The library makes its files readable to their owner alone.
         shutil.copymode(directory / "config.json", directory / name)
     if len(shards) > 1:
-        total = sum(view.size for view in tensors.values()) * dtype.itemsize
+        total = sum(view.size for view, _ in tensors.values()) * dtype.itemsize
         _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
 
 
@@ -163,8 +179,8 @@ def _replacing(target: Path) -> Iterator[Path]:
     try:
         yield partial
         for path in partial.iterdir():
-            _sync(path)
-        _sync(partial)
+            sync(path)
+        sync(partial)
         if target.exists():
             os.rename(target, old)
         try:
@@ -173,13 +189,13 @@ def _replacing(target: Path) -> Iterator[Path]:
             if old.exists():
                 os.rename(old, target)
             raise
-        _sync(target.parent)
+        sync(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Onto the disk, against a power cut. Windows can do it to no directory."""
     if os.name == "posix" or path.is_file():
         descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)

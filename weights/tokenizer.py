@@ -14,10 +14,14 @@ from eqx_gpt.tokenizer import (
     tokenizer_from_spec,
 )
 from weights.errors import WeightsError, read_json
+from weights.gguf_file import read_gguf
+from weights.gguf_tokenizer import read_tokenizer
 from weights.hub import Source, find
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
 SPEC = "tokenizer_spec.json"
+TEMPLATE = "chat_template.jinja"
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> Tokenizer:
@@ -39,6 +43,12 @@ def find_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
     if name_or_path in GPT2_NAMES:
         return GPT2Tokenizer()
     source = find(name_or_path, revision)
+    if source.kind == "gguf":
+        file = read_gguf(source.path)
+        try:
+            return read_tokenizer(file.metadata)
+        except WeightsError as error:
+            raise WeightsError(f"{file.path}: {error}") from error
     path = source.find_file("tokenizer.json", SPEC, "merges.txt")
     if path is None:
         return None
@@ -46,7 +56,7 @@ def find_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
         if path.name == SPEC:
             return tokenizer_from_spec(read_json(path))
         if path.name == "tokenizer.json":
-            return JSONTokenizer(path.read_text("utf-8"), _end_of_text(source))
+            return _json_tokenizer(path.read_text("utf-8"), source)
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path}: {error}") from error
     vocab, merges = gpt2_vocab_and_merges()
@@ -61,10 +71,53 @@ def find_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
     return GPT2Tokenizer()
 
 
-def _end_of_text(source: Source) -> str | None:
+def _json_tokenizer(text: str, source: Source) -> JSONTokenizer:
+    """With what the files beside it say of its tokens; not with tokens that it does not have."""
+    plain = JSONTokenizer(text)
     path = source.find_file("tokenizer_config.json")
-    token = None if path is None else read_json(path).get("eos_token")
-    return token.get("content") if isinstance(token, Mapping) else token
+    config = {} if path is None else read_json(path)
+    special: dict[str, str] = {}
+    for name in SPECIAL_TOKENS:
+        token = config.get(name)
+        token = token.get("content") if isinstance(token, Mapping) else token
+        if isinstance(token, str) and plain.token_id(token) is not None:
+            special[name] = token
+    end = special.get("eos_token")
+    path = source.find_file("generation_config.json")
+    ends = None if path is None else read_json(path).get("eos_token_id")
+    found = (
+        [plain.token_text(i) for i in ends if isinstance(i, int)] if isinstance(ends, list) else []
+    )
+    stops = tuple(token for token in found if token is not None and token != end)
+    return JSONTokenizer(text, end, special, stops, _chat_template(config, source))
+
+
+def _chat_template(config: Mapping[str, Any], source: Source) -> str | None:
+    path = source.find_file(TEMPLATE)
+    if path is not None:
+        return path.read_text("utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = {x.get("name"): x.get("template") for x in template if isinstance(x, Mapping)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The ids in config.json and generation_config.json; several where several end an answer."""
+    match tokenizer:
+        case JSONTokenizer():
+            ids = {name: tokenizer.token_id(x) for name, x in tokenizer.special_tokens.items()}
+            ends = [tokenizer.end_of_text, *map(tokenizer.token_id, tokenizer.stop_tokens)]
+        case _:
+            ids = dict.fromkeys(tokenizer.special_tokens, tokenizer.end_of_text)
+            ends = [tokenizer.end_of_text]
+    ends = [i for i in ends if i is not None]
+    return {
+        "bos_token_id": ids.get("bos_token"),
+        "eos_token_id": ends if len(ends) > 1 else (ends or [None])[0],
+        "pad_token_id": ids.get("pad_token"),
+    }
 
 
 def write_tokenizer(tokenizer: Tokenizer, directory: Path, block_size: int) -> None:
@@ -75,17 +128,18 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, block_size: int) -> N
     """
     match tokenizer:
         case GPT2Tokenizer():
-            text, end = gpt2_tokenizer_json(), END_OF_TEXT
-            special = {"bos_token": end, "eos_token": end, "unk_token": end}
-            described = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, **special}
+            text = gpt2_tokenizer_json()
+            described = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
         case JSONTokenizer(text, end):
             described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
         case _:
             _write_json(directory / SPEC, tokenizer.spec())
             return
     (directory / "tokenizer.json").write_text(text, "utf-8", newline="\n")
-    described["model_max_length"] = block_size
+    described |= {**tokenizer.special_tokens, "model_max_length": block_size}
     _write_json(directory / "tokenizer_config.json", described)
+    if tokenizer.chat_template is not None:
+        (directory / TEMPLATE).write_text(tokenizer.chat_template, "utf-8", newline="")
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -3,10 +3,12 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from eqx_gpt.cache import KVCache
 from eqx_gpt.config import GPTConfig
 from eqx_gpt.layers.linear import Linear
+from eqx_gpt.layers.norm import Norm
 from eqx_gpt.layers.rope import rotate
 from eqx_gpt.ops.attention import causal_attention
 from eqx_gpt.shapes import Hidden, PRNGKey
@@ -19,18 +21,28 @@ class Attention(eqx.Module):
     """
 
     qkv: Linear
+    q_norm: Norm | None
+    k_norm: Norm | None
     out: Linear
     config: GPTConfig = eqx.field(static=True)
 
     @staticmethod
     def init(config: GPTConfig, *, std: float, out_std: float, key: PRNGKey) -> "Attention":
         key_qkv, key_out = jax.random.split(key)
-        width = config.n_head * config.head_dim
-        n_qkv = width + 2 * config.n_kv_head * config.head_dim
-        parts = config.attention
+        parts, head_dim = config.attention, config.head_dim
+        n_q, n_kv = config.n_head, config.n_kv_head
+        q_norm, k_norm = None, None
+        if parts.qk_norm != "none":
+            heads = (1, 1) if parts.qk_norm == "head" else (n_q, n_kv)
+            q_norm, k_norm = (Norm.init(config.norm, n * head_dim) for n in heads)
+        n_qkv = (n_q + 2 * n_kv) * head_dim
         return Attention(
             Linear.init(config.n_embd, n_qkv, bias=parts.qkv_bias, std=std, key=key_qkv),
-            Linear.init(width, config.n_embd, bias=parts.out_bias, std=out_std, key=key_out),
+            q_norm,
+            k_norm,
+            Linear.init(
+                n_q * head_dim, config.n_embd, bias=parts.out_bias, std=out_std, key=key_out
+            ),
             config,
         )
 
@@ -38,22 +50,57 @@ class Attention(eqx.Module):
         self,
         x: Hidden,
         *,
+        kind: int = 0,
         cache: KVCache | None = None,
         layer: int | jax.Array = 0,
         key: PRNGKey | None = None,
     ) -> tuple[Hidden, KVCache | None]:
-        """Attend within `x`, or from `x` to all that `layer` of the cache holds and to `x`."""
+        """Attend within `x`, or from `x` to all that `layer` of the cache holds and to `x`.
+
+        `kind` is the layer's index in `config.layers`.
+        """
         config = self.config
         *batch, seq, _ = x.shape
-        n_q, n_kv = config.n_head, config.n_kv_head
-        heads = self.qkv(x).reshape(*batch, seq, n_q + 2 * n_kv, config.head_dim)
-        q, k, v = jnp.split(heads, [n_q, n_q + n_kv], axis=-2)
+        q, k, v = self._project(x)
         offset = 0 if cache is None else cache.length
-        if config.position.kind == "rope":
+        position = config.layer_position(kind)
+        if position.kind == "rope":
             positions = offset + jnp.arange(seq)
-            q = rotate(q, positions, config.position.rope_theta)
-            k = rotate(k, positions, config.position.rope_theta)
+            q, k = rotate(q, positions, position), rotate(k, positions, position)
         if cache is not None:
             cache, k, v = cache.append(layer, k, v)
-        mixed = causal_attention(q, k, v, offset=offset, dropout_rate=config.dropout, key=key)
-        return self.out(mixed.reshape(*batch, seq, n_q * config.head_dim)), cache
+        mixed = causal_attention(
+            q,
+            k,
+            v,
+            offset=offset,
+            window=config.layers[kind].window,
+            scale=config.attention.scale,
+            softcap=config.attention.softcap,
+            dropout_rate=config.dropout,
+            key=key,
+        )
+        return self.out(mixed.reshape(*batch, seq, -1)), cache
+
+    def _project(
+        self, x: Hidden
+    ) -> tuple[
+        Float[Array, "*batch seq head head_dim"],
+        Float[Array, "*batch seq kv_head head_dim"],
+        Float[Array, "*batch seq kv_head head_dim"],
+    ]:
+        """Queries, keys and values, normalised but not yet rotated."""
+        config, parts = self.config, self.config.attention
+        n_q, n_kv = config.n_head, config.n_kv_head
+        qkv = self.qkv(x)
+        if parts.clip_qkv is not None:
+            qkv = jnp.clip(qkv, -parts.clip_qkv, parts.clip_qkv)
+        heads = qkv.reshape(*x.shape[:-1], n_q + 2 * n_kv, config.head_dim)
+        q, k, v = jnp.split(heads, [n_q, n_q + n_kv], axis=-2)
+        if self.q_norm is None or self.k_norm is None:
+            return q, k, v
+        if parts.qk_norm == "head":
+            return self.q_norm(q), self.k_norm(k), v
+        together = (*x.shape[:-1], -1)
+        normed_q, normed_k = self.q_norm(q.reshape(together)), self.k_norm(k.reshape(together))
+        return normed_q.reshape(q.shape), normed_k.reshape(k.shape), v

@@ -15,17 +15,21 @@ from eqx_gpt.shapes import Hidden, PRNGKey
 
 
 class Block(eqx.Module):
-    """Pre-norm residual block of GPT-2.
+    """Residual block; `config.residual` says which of its norms there are.
 
-    x ──┬── norm1 ── attention ── dropout ── + ──┬── norm2 ── mlp ── dropout ── + ──>
-        └────────────────────────────────────┘   └──────────────────────────────┘
+    x ──┬── norm1 ── attention ── post_norm1 ── + ──┬── norm2 ── mlp ── post_norm2 ── + ──>
+        └───────────────────────────────────────┘   └─────────────────────────────────┘
+
+    In the parallel ones both branches start from the same x.
     """
 
-    norm1: Norm
+    norm1: Norm | None
     attention: Attention
-    norm2: Norm
+    post_norm1: Norm | None
+    norm2: Norm | None
     mlp: MLP
-    dropout: float = eqx.field(static=True)
+    post_norm2: Norm | None
+    config: GPTConfig = eqx.field(static=True)
 
     @staticmethod
     def init(config: GPTConfig, *, key: PRNGKey) -> "Block":
@@ -34,23 +38,45 @@ class Block(eqx.Module):
         """
         key_attention, key_mlp = jax.random.split(key)
         std, out_std = 0.02, 0.02 / math.sqrt(2 * config.n_layer)
+
+        def norm_if(there: bool) -> Norm | None:
+            return Norm.init(config.norm, config.n_embd) if there else None
+
+        kind = config.residual
         return Block(
-            Norm.init(config.norm, config.n_embd),
+            norm_if(kind != "post_norm"),
             Attention.init(config, std=std, out_std=out_std, key=key_attention),
-            Norm.init(config.norm, config.n_embd),
+            norm_if(kind in ("post_norm", "sandwich")),
+            norm_if(kind in ("pre_norm", "sandwich", "parallel")),
             MLP.init(config, std=std, out_std=out_std, key=key_mlp),
-            config.dropout,
+            norm_if(kind in ("post_norm", "sandwich")),
+            config,
         )
 
     def __call__(
         self,
         x: Hidden,
         *,
+        kind: int = 0,
         cache: KVCache | None = None,
         layer: int | jax.Array = 0,
         key: PRNGKey | None = None,
     ) -> tuple[Hidden, KVCache | None]:
+        """The stream after this block. `kind` is the layer's index in `config.layers`."""
+        rate = self.config.dropout
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
-        attended, cache = self.attention(self.norm1(x), cache=cache, layer=layer, key=keys[0])
-        x = x + dropout(attended, self.dropout, keys[1])
-        return x + dropout(self.mlp(self.norm2(x)), self.dropout, keys[2]), cache
+        normed = _normed(self.norm1, x)
+        attended, cache = self.attention(normed, kind=kind, cache=cache, layer=layer, key=keys[0])
+        after = x + dropout(_normed(self.post_norm1, attended), rate, keys[1])
+        match self.config.residual:
+            case "parallel":
+                fed = _normed(self.norm2, x)
+            case "parallel_shared_norm":
+                fed = normed
+            case _:
+                fed = _normed(self.norm2, after)
+        return after + dropout(_normed(self.post_norm2, self.mlp(fed)), rate, keys[2]), cache
+
+
+def _normed(norm: Norm | None, x: Hidden) -> Hidden:
+    return x if norm is None else norm(x)

@@ -1,9 +1,11 @@
-"""Cross-entropy of a linear head without ever holding all logits.
+"""The head's logits, and their cross-entropy without ever holding all of them.
 
 The logits of one chunk of tokens are made, used and dropped. While they exist, the forward pass
 of a differentiated call also makes the gradients from them, so nothing is computed twice: three
 products of (tokens x d_model x vocab) in all, as in the plain form.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,54 +18,78 @@ from eqx_gpt.shapes import Scalar
 _CHUNK_LOGITS = 2**26  # elements: 256 MiB of float32
 
 
-@jax.custom_vjp
+def head_logits(
+    hidden: Float[Array, "*batch d_model"],
+    weight: Float[Array, "vocab d_model"],
+    bias: Float[Array, " vocab"] | None = None,
+    softcap: float | None = None,
+) -> Float[Array, "*batch vocab"]:
+    """hidden @ weight.T + bias, bent to softcap * tanh(logits / softcap); float32."""
+    logits = linear(hidden, weight, jnp.float32)
+    if bias is not None:
+        logits = logits + jnp.broadcast_to(bias.astype(jnp.float32), logits.shape)
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy(
     hidden: Float[Array, "*batch seq d_model"],
     weight: Float[Array, "vocab d_model"],
     targets: Int[Array, "*batch seq"],
+    bias: Float[Array, " vocab"] | None = None,
+    softcap: float | None = None,
 ) -> Scalar:
-    """Mean of -log softmax(hidden @ weight.T)[target] in nats a token, float32."""
+    """Mean of -log softmax(head_logits(...))[target] in nats a token, float32."""
     rows, labels, real = _chunked(hidden, weight, targets)
 
     def add_chunk(total: Scalar, chunk: tuple[Array, Array, Array]) -> tuple[Scalar, None]:
         x, y, mask = chunk
-        logits = linear(x, weight, jnp.float32)
-        return total + _sum_of_losses(logits, y, mask), None
+        return total + _sum_of_losses(head_logits(x, weight, bias, softcap), y, mask), None
 
     total, _ = lax.scan(add_chunk, jnp.zeros((), jnp.float32), (rows, labels, real))
     return total / targets.size
 
 
-def _forward(hidden: Array, weight: Array, targets: Array) -> tuple[Scalar, tuple[Array, Array]]:
+def _forward(
+    hidden: Array, weight: Array, targets: Array, bias: Array | None, softcap: float | None
+) -> tuple[Scalar, tuple[Array, Array, Array | None]]:
     rows, labels, real = _chunked(hidden, weight, targets)
 
     def add_chunk(
-        carry: tuple[Scalar, Array], chunk: tuple[Array, Array, Array]
-    ) -> tuple[tuple[Scalar, Array], Array]:
-        total, d_weight = carry
+        carry: tuple[Scalar, Array, Array | None], chunk: tuple[Array, Array, Array]
+    ) -> tuple[tuple[Scalar, Array, Array | None], Array]:
+        total, d_weight, d_bias = carry
         x, y, mask = chunk
-        logits = linear(x, weight, jnp.float32)
+        logits = head_logits(x, weight, bias, softcap)
         total = total + _sum_of_losses(logits, y, mask)
         # The target is subtracted before any rounding, so that a confident prediction keeps the
         # digits of its small gradient.
         one_hot = (y[:, None] == jnp.arange(weight.shape[0])[None, :]).astype(jnp.float32)
         share = (mask / targets.size)[:, None]
         d_logits = (jax.nn.softmax(logits) - one_hot) * share
+        if softcap is not None:
+            d_logits = d_logits * (1 - jnp.square(logits / softcap))
+        d_bias = None if d_bias is None else d_bias + jnp.sum(d_logits, axis=0)
         d_logits = d_logits.astype(weight.dtype)
         d_weight = d_weight + jnp.einsum(
             "tv,td->vd", d_logits, x, preferred_element_type=jnp.float32
         )
-        return (total, d_weight), d_logits @ weight
+        return (total, d_weight, d_bias), d_logits @ weight
 
-    zeros = jnp.zeros((), jnp.float32), jnp.zeros(weight.shape, jnp.float32)
-    (total, d_weight), d_rows = lax.scan(add_chunk, zeros, (rows, labels, real))
+    d_weight = jnp.zeros(weight.shape, jnp.float32)
+    d_bias = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
+    zeros = (jnp.zeros((), jnp.float32), d_weight, d_bias)
+    (total, d_weight, d_bias), d_rows = lax.scan(add_chunk, zeros, (rows, labels, real))
     d_hidden = d_rows.reshape(-1, hidden.shape[-1])[: targets.size].reshape(hidden.shape)
-    return total / targets.size, (d_hidden, d_weight.astype(weight.dtype))
+    d_bias = None if d_bias is None or bias is None else d_bias.astype(bias.dtype)
+    return total / targets.size, (d_hidden, d_weight.astype(weight.dtype), d_bias)
 
 
-def _backward(residuals: tuple[Array, Array], g: Scalar) -> tuple[Array, Array, None]:
-    d_hidden, d_weight = residuals
-    return d_hidden * g.astype(d_hidden.dtype), d_weight * g.astype(d_weight.dtype), None
+def _backward(
+    softcap: float | None, residuals: tuple[Array, Array, Array | None], g: Scalar
+) -> tuple[Array, Array, None, Array | None]:
+    d_hidden, d_weight, d_bias = jax.tree.map(lambda d: d * g.astype(d.dtype), residuals)
+    return d_hidden, d_weight, None, d_bias
 
 
 cross_entropy.defvjp(_forward, _backward)

@@ -1,4 +1,4 @@
-"""GPT-2 against transformers, in float32."""
+"""What only GPT-2 has, against transformers in float32."""
 
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import oracle
 import pytest
 import torch
 import transformers
+from cases import hf_config
 
 import eqx_gpt
 from eqx_gpt import functional
@@ -17,58 +18,16 @@ from eqx_gpt.config import AttentionConfig, GPTConfig, MLPConfig, NormConfig
 from eqx_gpt.tokenizer import GPT2Tokenizer
 from weights import from_pretrained, load_tokenizer, save_pretrained
 
-SHAPE = {"vocab_size": 71, "n_positions": 43, "n_embd": 28, "n_layer": 3, "n_head": 7}
-CASES: dict[str, dict[str, Any]] = {
-    "as published": {},
-    "exact gelu, narrow mlp": {"activation_function": "gelu", "n_inner": 37},
-    "untied, large epsilon": {"tie_word_embeddings": False, "layer_norm_epsilon": 1e-2},
-    "relu": {"activation_function": "relu"},
-}
 
-
-@pytest.fixture(scope="module", params=CASES)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A model of transformers, and the directory that it saved."""
-    config = transformers.GPT2Config(**SHAPE, **CASES[request.param], **oracle.NO_TOKENS)
-    hf = oracle.random_model(config)
+    hf = oracle.random_model(hf_config("gpt2", "as published"))
     directory = tmp_path_factory.mktemp("gpt2")
     hf.save_pretrained(directory)
     return hf, directory
 
 
-@pytest.mark.parametrize("seq", [1, 7, 43])
-def test_logits(case: Any, seq: int) -> None:
-    hf, directory = case
-    oracle.check_logits(from_pretrained(directory), hf, seq)
-
-
-def test_greedy_with_cache(case: Any) -> None:
-    hf, directory = case
-    oracle.check_greedy(from_pretrained(directory), hf)
-
-
-def test_gradients(case: Any) -> None:
-    hf, directory = case
-    oracle.check_gradients(from_pretrained(directory), hf, 11)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_round_trip(case: Any, dtype: str, tmp_path: Path) -> None:
-    hf, _ = case
-    oracle.check_round_trip(hf, tmp_path, dtype)
-
-
-def test_saved_model_loads_without_warning(case: Any, tmp_path: Path) -> None:
-    hf, directory = case
-    save_pretrained(from_pretrained(directory), tmp_path / "ours", max_shard_bytes=20_000)
-    assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 1
-    loaded = oracle.load_without_warning(tmp_path / "ours")
-    oracle.check_config_round_trip(hf, loaded, {"attn_pdrop": 0, "embd_pdrop": 0, "resid_pdrop": 0})
-    for name, weight in hf.state_dict().items():
-        assert torch.equal(weight, loaded.state_dict()[name]), name
-
-
-@pytest.mark.parametrize("case", ["as published"], indirect=True)
 def test_model_without_its_head(case: Any, tmp_path: Path) -> None:
     """The hub's gpt2 was saved so: no prefix, and no lm_head."""
     hf, directory = case
@@ -99,7 +58,6 @@ def test_padded_model_without_biases(getkey: Any, tmp_path: Path) -> None:
     oracle.check_greedy(model, hf)
 
 
-@pytest.mark.parametrize("case", ["as published"], indirect=True)
 def test_functional(case: Any) -> None:
     hf, directory = case
     p, n_head = functional.load("124M", directory)

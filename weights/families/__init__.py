@@ -5,11 +5,45 @@ from typing import Any
 
 from eqx_gpt.config import GPTConfig, did_you_mean
 from weights.errors import WeightsError, raise_problems
+from weights.families.gemma import GEMMA
+from weights.families.gemma2 import GEMMA2
+from weights.families.gemma3_text import GEMMA3_TEXT
 from weights.families.gpt2 import GPT2
+from weights.families.gpt_neo import GPT_NEO
+from weights.families.gpt_neox import GPT_NEOX
+from weights.families.gptj import GPTJ
 from weights.families.llama import LLAMA
-from weights.family import Family, closest
+from weights.families.mistral import MISTRAL
+from weights.families.olmo import OLMO
+from weights.families.olmo2 import OLMO2
+from weights.families.opt import OPT
+from weights.families.phi import PHI
+from weights.families.qwen2 import QWEN2
+from weights.families.qwen3 import QWEN3
+from weights.families.smollm3 import SMOLLM3
+from weights.families.starcoder2 import STARCODER2
+from weights.family import Family, adds_biases, closest
 
-FAMILIES = {family.model_type: family for family in (GPT2, LLAMA)}
+_ALL = (
+    GPT2,
+    LLAMA,
+    GPT_NEO,
+    GPTJ,
+    GPT_NEOX,
+    OPT,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    GEMMA,
+    GEMMA2,
+    GEMMA3_TEXT,
+    PHI,
+    OLMO,
+    OLMO2,
+    SMOLLM3,
+    STARCODER2,
+)
+FAMILIES = {family.model_type: family for family in _ALL}
 
 
 def family_of(hf: Mapping[str, Any], where: str) -> Family:
@@ -27,12 +61,19 @@ def family_of(hf: Mapping[str, Any], where: str) -> Family:
 def family_for(config: GPTConfig) -> tuple[Family, GPTConfig]:
     """A family whose files can hold a model of `config`, and the config as they hold it.
 
-    WeightsError with the reasons of each family if there is none.
+    The first in the order of `FAMILIES`, before it one whose files add no biases. WeightsError
+    with the reasons of each family if there is none.
     """
-    refusals = []
+    refusals: list[str] = []
+    with_more: list[tuple[Family, GPTConfig]] = []
     for family in FAMILIES.values():
         held, reasons = closest(family, config)
-        if not reasons:
+        if reasons:
+            refusals.append(f"{family.model_type}: {'; '.join(reasons)}")
+        elif adds_biases(held, config):
+            with_more.append((family, held))
+        else:
             return family, held
-        refusals.append(f"{family.model_type}: {'; '.join(reasons)}")
+    if with_more:
+        return with_more[0]
     raise_problems("no Hugging Face architecture known here holds this model", refusals)

@@ -1,0 +1,42 @@
+"""Gemma (Gemma Team 2024, arXiv:2403.08295): embeddings scaled up, norms by 1 + the weight."""
+
+from weights.family import ACTIVATIONS, HEAD, Family, Field
+from weights.groups import rope
+from weights.layout import PRE_NORM, llama_like
+
+# The first files said "gelu" and meant the approximation.
+GELU_MEANS_TANH = {"gelu_pytorch_tanh": "gelu_tanh", **ACTIVATIONS, "gelu": "gelu_tanh"}
+
+
+GEMMA = Family(
+    model_type="gemma",
+    architecture="GemmaForCausalLM",
+    base={
+        "norm.kind": "rmsnorm",
+        "norm.bias": False,
+        "position.kind": "rope",
+        "mlp.kind": "gated",
+        "mlp.bias": False,
+        "norm.scale": "one_plus_weight",
+        "embedding_scale": "sqrt_n_embd",
+    },
+    fields={
+        "vocab_size": Field(256000, ("vocab_size",)),
+        "max_position_embeddings": Field(8192, ("block_size",)),
+        "hidden_size": Field(3072, ("n_embd",)),
+        "intermediate_size": Field(24576, ("mlp.n_inner",)),
+        "num_hidden_layers": Field(28, ("n_layer",)),
+        "num_attention_heads": Field(16, ("n_head",)),
+        "num_key_value_heads": Field(16, ("attention.n_kv_head",)),
+        "head_dim": Field(256, ("attention.head_dim",)),
+        "hidden_act": Field("gelu_pytorch_tanh", ("mlp.activation",), GELU_MEANS_TANH),
+        "rms_norm_eps": Field(1e-6, ("norm.eps",)),
+        "attention_bias": Field(False, ("attention.qkv_bias", "attention.out_bias")),
+        "tie_word_embeddings": Field(True, ("head",), HEAD),
+    },
+    groups=(rope(),),
+    fixed={"use_bidirectional_attention": False},
+    dropout=("attention_dropout",),
+    ignored=frozenset({"hidden_activation"}),  # transformers does not read it here
+    key_map=lambda config: llama_like(config, norms=PRE_NORM),
+)
