@@ -41,6 +41,7 @@ def main() -> int:
     # jax is imported from here on: a mistyped flag need not wait for it.
     from eqx_gpt.tree import count_params
     from weights import from_pretrained, gguf, save, save_gguf, save_pretrained
+    from weights.load import model_type_of
     from weights.tokenizer import find_tokenizer
 
     check_target = gguf.check_target if to_gguf else save.check_target
@@ -52,8 +53,13 @@ def main() -> int:
         kind = GGUF[model.wte.weight.dtype.name if dtype == "auto" else dtype]
         save_gguf(model, options.target, tokenizer=tokenizer, dtype=kind)  # pyright: ignore[reportArgumentType]
     else:
-        max_bytes = options.max_shard_gb * 1e9
-        save_pretrained(model, options.target, tokenizer=tokenizer, max_shard_bytes=max_bytes)
+        save_pretrained(
+            model,
+            options.target,
+            tokenizer=tokenizer,
+            model_type=model_type_of(options.source, revision=options.revision),
+            max_shard_bytes=options.max_shard_gb * 1e9,
+        )
     kind = "no tokenizer" if tokenizer is None else type(tokenizer).__name__
     print(f"{options.target}: {count_params(model):,} parameters, {kind}", file=sys.stderr)
     return 0

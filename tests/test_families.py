@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import equinox as eqx
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -215,3 +216,18 @@ def test_family_without_added_biases_comes_first() -> None:
     """Llama could hold a Qwen 2 with a zero bias more; its own family holds it as it is."""
     config = from_hf(FAMILIES["qwen2"], config_of("qwen2", use_sliding_window=False), "")
     assert family_for(config)[0].model_type == "qwen2"
+
+
+def test_model_type_may_be_chosen_where_several_hold_the_model(tmp_path: Path) -> None:
+    config = from_hf(FAMILIES["mistral"], config_of("mistral", sliding_window=None), "")
+    assert family_for(config)[0].model_type == "llama"
+    model = GPT.init(config, key=jax.random.key(0))
+    save_pretrained(model, tmp_path, model_type="mistral")
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "mistral"
+    assert from_pretrained(tmp_path).config == config
+    with pytest.raises(
+        WeightsError, match=r"holds this model; the nearest: gpt2: .*position\.kind"
+    ):
+        save_pretrained(model, tmp_path, model_type="gpt2")
+    with pytest.raises(WeightsError, match="unknown model_type 'mistrall'; did you mean 'mistral'"):
+        save_pretrained(model, tmp_path, model_type="mistrall")

@@ -17,7 +17,8 @@ import hf_files
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from weights import WeightsError, from_pretrained
+from weights import WeightsError, from_pretrained, load_tokenizer
+from weights.tokenizer import gpt2_tokenizer_json
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -165,3 +166,21 @@ def test_no_connection(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(WeightsError, match=message):
         from_pretrained("org/x")
+
+
+def test_tokenizer_without_what_only_some_have(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A cache that another program filled does not know that there is no chat template."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text(gpt2_tokenizer_json())
+
+    def download(repo: str, name: str, **_: Any) -> str:
+        if not (tmp_path / name).exists():
+            raise LocalEntryNotFoundError("offline")
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    tokenizer = load_tokenizer("org/x")
+    assert tokenizer.decode(tokenizer.encode("Hello world")) == "Hello world"
+    assert tokenizer.chat_template is None

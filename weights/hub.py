@@ -62,6 +62,14 @@ class Source:
             raise unreachable
         return None
 
+    def find_optional(self, name: str) -> Path | None:
+        """As `find_file`, but None too where the hub cannot be asked: for what a model that is
+        cached may do without."""
+        try:
+            return self.find_file(name)
+        except _UnreachableError:
+            return None
+
     def _fetch(self, name: str) -> Path | None:
         # Imported where used: `import weights` stays fast.
         import huggingface_hub as hub

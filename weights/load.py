@@ -67,6 +67,18 @@ def from_pretrained(
     return _load_files(source, dtype, mesh)
 
 
+def model_type_of(name_or_path: str | Path, *, revision: str | None = None) -> str | None:
+    """What the model's config.json calls its family; None of a run or a GGUF file.
+
+    WeightsError as `from_pretrained`.
+    """
+    source = find(name_or_path, revision)
+    if source.kind not in ("directory", "hub"):
+        return None
+    where = f"{source.location}/config.json"
+    return family_of(read_json(source.file("config.json")), where).model_type
+
+
 @lru_cache(maxsize=4)
 def skeleton(config: GPTConfig, dtype: str) -> GPT:
     """The model with shapes and dtypes in the place of arrays. Allocates nothing."""

@@ -40,6 +40,7 @@ def save_pretrained(
     *,
     tokenizer: Tokenizer | None = None,
     dtype: DType | None = None,
+    model_type: str | None = None,
     max_shard_bytes: int | float = 5e9,
 ) -> None:
     """Writes a model as a directory that transformers' `AutoModelForCausalLM` loads.
@@ -55,6 +56,8 @@ def save_pretrained(
     - `tokenizer`: GPT-2's or a JSONTokenizer is written for `AutoTokenizer`; any other, such as
       characters, as `tokenizer_spec.json`, which only `load_tokenizer` reads.
     - `dtype`: of every tensor in the file; None is the dtype of the token embedding.
+    - `model_type`: of transformers, where several hold the model: a Mistral without its window is
+      a Llama too. None is the first that fits, GPT-2 and Llama before others.
     - `max_shard_bytes`: a larger model is split into files of at most that size (and at least
       one tensor each).
 
@@ -62,7 +65,7 @@ def save_pretrained(
     way; if the tokenizer has more tokens than the model; if the directory holds other things.
     """
     target = check_target(directory)
-    family, config = family_for(model.config)
+    family, config = family_for(model.config, model_type)
     dtype_name = model.wte.weight.dtype.name if dtype is None else dtype
     if dtype_name not in DTYPES.values():
         raise WeightsError(

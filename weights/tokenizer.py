@@ -74,7 +74,7 @@ def find_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
 def _json_tokenizer(text: str, source: Source) -> JSONTokenizer:
     """With what the files beside it say of its tokens; not with tokens that it does not have."""
     plain = JSONTokenizer(text)
-    path = source.find_file("tokenizer_config.json")
+    path = source.find_optional("tokenizer_config.json")
     config = {} if path is None else read_json(path)
     special: dict[str, str] = {}
     for name in SPECIAL_TOKENS:
@@ -83,7 +83,7 @@ def _json_tokenizer(text: str, source: Source) -> JSONTokenizer:
         if isinstance(token, str) and plain.token_id(token) is not None:
             special[name] = token
     end = special.get("eos_token")
-    path = source.find_file("generation_config.json")
+    path = source.find_optional("generation_config.json")
     ends = None if path is None else read_json(path).get("eos_token_id")
     found = (
         [plain.token_text(i) for i in ends if isinstance(i, int)] if isinstance(ends, list) else []
@@ -93,7 +93,7 @@ def _json_tokenizer(text: str, source: Source) -> JSONTokenizer:
 
 
 def _chat_template(config: Mapping[str, Any], source: Source) -> str | None:
-    path = source.find_file(TEMPLATE)
+    path = source.find_optional(TEMPLATE)
     if path is not None:
         return path.read_text("utf-8")
     template = config.get("chat_template")

@@ -43,6 +43,7 @@ _ALL = (
     SMOLLM3,
     STARCODER2,
 )
+NEAREST = 3  # families that an error speaks of
 FAMILIES = {family.model_type: family for family in _ALL}
 
 
@@ -58,22 +59,27 @@ def family_of(hf: Mapping[str, Any], where: str) -> Family:
     return FAMILIES[model_type]
 
 
-def family_for(config: GPTConfig) -> tuple[Family, GPTConfig]:
+def family_for(config: GPTConfig, model_type: str | None = None) -> tuple[Family, GPTConfig]:
     """A family whose files can hold a model of `config`, and the config as they hold it.
 
-    The first in the order of `FAMILIES`, before it one whose files add no biases. WeightsError
-    with the reasons of each family if there is none.
+    The one of `model_type`, or the first in the order of `FAMILIES`, before it one whose files
+    add no biases. WeightsError if there is none, with what keeps the nearest from it.
     """
-    refusals: list[str] = []
+    if model_type is not None and model_type not in FAMILIES:
+        near = did_you_mean(model_type, FAMILIES)
+        raise WeightsError(f"unknown model_type {model_type!r}; {near}")
+    refusals: list[tuple[str, list[str]]] = []
     with_more: list[tuple[Family, GPTConfig]] = []
-    for family in FAMILIES.values():
+    for family in [FAMILIES[model_type]] if model_type else FAMILIES.values():
         held, reasons = closest(family, config)
         if reasons:
-            refusals.append(f"{family.model_type}: {'; '.join(reasons)}")
+            refusals.append((family.model_type, reasons))
         elif adds_biases(held, config):
             with_more.append((family, held))
         else:
             return family, held
     if with_more:
         return with_more[0]
-    raise_problems("no Hugging Face architecture known here holds this model", refusals)
+    nearest = sorted(refusals, key=lambda refusal: len(refusal[1]))[:NEAREST]
+    subject = "no Hugging Face architecture known here holds this model; the nearest"
+    raise_problems(subject, [f"{name}: {'; '.join(reasons)}" for name, reasons in nearest])
