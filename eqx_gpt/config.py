@@ -11,12 +11,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+SHOWN = 40  # names that an error lists
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of an error sentence about an unknown `name`: the near names, or all of them."""
+    """The end of an error sentence about an unknown `name`: the near names, or the first ones."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known)}"
+    folded = {other.lower(): other for other in known}
+    near = difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(repr(folded[other]) for other in near)}?"
+    more = f", ... {len(known) - SHOWN} more" if len(known) > SHOWN else ""
+    return f"known: {', '.join(known[:SHOWN])}{more}"
 
 
 def _known_fields(cls: type, values: Any) -> Mapping[str, Any]:

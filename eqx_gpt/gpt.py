@@ -4,6 +4,7 @@ import math
 import operator
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -133,24 +134,39 @@ class GPT(eqx.Module):
             block = eqx.combine(block_arrays, static)
             return block(x, kind=kind, cache=cache, layer=layer, key=block_key)
 
-        def run_period(carry: tuple, of_layers: tuple) -> tuple[tuple, None]:
-            for kind in range(jax.tree.leaves(of_layers)[0].shape[0]):
+        def run_period(carry: tuple, of_layers: tuple, kinds: range) -> tuple:
+            for kind in kinds:
                 run: Callable[..., tuple] = partial(run_block, kind)
                 if self.config.remat == "block":
                     run = jax.checkpoint(run, prevent_cse=False)
                 x, cache = carry
                 carry = run(x, cache, jax.tree.map(operator.itemgetter(kind), of_layers))
-            return carry, None
+            return carry
 
         # The kinds are static within a period, so the scan runs over periods.
         per_layer = (arrays, jnp.arange(n_layer), keys)
-        n_whole = n_layer - n_layer % period
-        whole = jax.tree.map(lambda x: x[:n_whole].reshape(-1, period, *x.shape[1:]), per_layer)
+        n_left = n_layer % period
+        n_whole = n_layer - n_left
+
+        def step(carry: tuple, of_period: Any) -> tuple[tuple, None]:
+            if cut:
+                start = of_period * period
+                of_period = jax.tree.map(
+                    lambda x: lax.dynamic_slice_in_dim(x, start, period), per_layer
+                )
+            return run_period(carry, of_period, range(period)), None
+
+        # Decoding takes a period at a time out of a stack that has more layers than whole periods:
+        # a slice of it would be copied for every token. (Gradients want the slice: they would add
+        # to the whole stack in every period.)
+        cut = n_left > 0 and cache is not None
+        whole = jnp.arange(n_whole // period)
+        if not cut:
+            whole = jax.tree.map(lambda x: x[:n_whole].reshape(-1, period, *x.shape[1:]), per_layer)
         unroll = max(1, min(self.config.unroll, n_layer) // period)
-        carry, _ = lax.scan(run_period, (x, cache), whole, unroll=unroll)
-        if n_whole < n_layer:
-            carry, _ = run_period(carry, jax.tree.map(lambda x: x[n_whole:], per_layer))
-        return carry
+        carry, _ = lax.scan(step, (x, cache), whole, unroll=unroll)
+        left = jax.tree.map(lambda x: x[n_whole:], per_layer)
+        return run_period(carry, left, range(n_left))
 
 
 def check_tokens(tokens: TokensLike, config: GPTConfig, *, any_length: bool = False) -> Tokens:

@@ -234,7 +234,9 @@ class JSONTokenizer:
         def build(special: SpecialText) -> Any:
             try:
                 tokenizer = tokenizers.Tokenizer.from_str(self.tokenizer_json)
-            except Exception as error:  # the library raises bare Exceptions
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # the library raises bare Exceptions, and panics
                 raise ValueError(
                     f"JSONTokenizer: not a Hugging Face tokenizer.json ({error}); give the text of"
                     " the file that `tokenizer.save(...)` writes"
@@ -253,6 +255,11 @@ class JSONTokenizer:
     @property
     def vocab_size(self) -> int:
         return self._largest_id + 1
+
+    @property
+    def n_trained(self) -> int:
+        """Tokens but for those that were added, which a model may have no embedding of."""
+        return self._tokenizers["text"].get_vocab_size(with_added_tokens=False)
 
     @property
     def end_of_text(self) -> int | None:

@@ -25,7 +25,8 @@ class Arguments:
     target: Annotated[Path, tyro.conf.Positional]
     """The directory, or the file if it ends in .gguf, to write. A saved model is replaced."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "q8_0"] = "auto"
-    """Of the weights in the files; auto is the source's. q8_0, 8 bits, is for .gguf alone."""
+    """Of the weights in the files; auto is the source's, float32 where those are quantised. q8_0,
+    8 bits, is for .gguf alone."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     max_shard_gb: float = 5.0
@@ -34,7 +35,9 @@ class Arguments:
 
 def main() -> int:
     options = parse(Arguments)
-    to_gguf, dtype = options.target.suffix == ".gguf", options.dtype
+    to_gguf, dtype = options.target.suffix.lower() == ".gguf", options.dtype
+    if options.target.exists() and Path(options.source).resolve() == options.target.resolve():
+        raise ValueError(f"{options.target} is the source; give another path for the result")
     if dtype == "q8_0" and not to_gguf:
         raise ValueError(f"--dtype q8_0 is only for .gguf files, and {options.target} is none")
 

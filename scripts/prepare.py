@@ -39,7 +39,8 @@ class Arguments:
     files: tuple[Path, ...] = ()
     """For text: UTF-8 files, or folders of them."""
     tokenizer: str | None = None
-    """For text, openwebtext, fineweb_edu: gpt2 (default), a tokenizer.json; for text also char."""
+    """For text, openwebtext, fineweb_edu: gpt2 (default), a tokenizer.json, or a model whose
+    tokenizer it is (of the zoo, a hub id, a directory, a .gguf file); for text also char."""
     val_fraction: float | None = None
     """Part held out for validation. By default 0.1 of each file, or 0.0005 of web documents."""
     num_proc: int | None = None
@@ -50,6 +51,11 @@ class Arguments:
 
 def main() -> int:
     options = vars(parse(Arguments))
+    tokenizer = options["tokenizer"]
+    if tokenizer not in (None, "char", "gpt2") and not tokenizer.endswith(".json"):
+        from weights import load_tokenizer
+
+        options["tokenizer"] = load_tokenizer(tokenizer)
     try:
         manifest = prepare(options.pop("dataset"), options.pop("data_dir"), **options)
     except KeyboardInterrupt:

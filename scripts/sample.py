@@ -16,7 +16,7 @@ class Arguments:
 
     init_from: str = "resume"
     """resume: the run in out_dir. Or pretrained weights: a model of the zoo, a hub id, a local
-    directory. scratch: GPT-2 with random weights, to try the command without a download."""
+    directory, a .gguf file. scratch: GPT-2 with random weights, to try it without a download."""
     out_dir: str = "out"
     """The run to sample from: its best evaluation's model if it kept one, else its newest."""
     start: str = "\n"

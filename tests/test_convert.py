@@ -47,6 +47,7 @@ def test_mistakes_of_the_user(tmp_path: Path) -> None:
         ("in",): "required",
         ("in", "out", "--dtyp", "float16"): "--dtype",
         ("in", "out"): "says 3 layers, but the files hold 1 tensors",
+        ("./in", "in"): "in is the source; give another path for the result",
         ("in", "out", "--dtype", "q8_0"): "--dtype q8_0 is only for .gguf files",
     }
     for arguments, message in mistakes.items():

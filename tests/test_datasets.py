@@ -112,6 +112,10 @@ def test_a_large_vocabulary_takes_32_bits(tmp_path: Path, text_file: Path) -> No
     assert found.tokens("train").max() == 70_001
     assert found.tokens("train")[-1] == 70_001
     assert isinstance(found.tokenizer(), JSONTokenizer)
+    # A tokenizer itself is as good as its path, and keeps what no tokenizer.json says.
+    tokenizer = JSONTokenizer(path.read_text(), None, {"unk_token": "fox"}, chat_template="{{ x }}")
+    given = prepare("text", tmp_path, files=[text_file], name="g", tokenizer=tokenizer)
+    assert given.tokenizer() == tokenizer
 
 
 def test_stdlib(tmp_path: Path) -> None:

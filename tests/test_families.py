@@ -1,5 +1,6 @@
 """Every family, on the tiny models of tests/fixtures, which transformers made and computed."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import eqx_gpt
 from eqx_gpt import GPT
 from weights import WeightsError, from_pretrained, save_pretrained
 from weights.families import FAMILIES, family_for
-from weights.family import from_hf, to_hf
+from weights.family import closest, from_hf, to_hf
 from weights.groups import read_rope, write_rope
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -187,6 +188,21 @@ def test_former_spellings_mean_the_same(model_type: str, former: dict[str, Any])
         ("gpt_neo", {"attention_layers": ["local"] * 3}, "attention_layers is"),
         ("gptj", {"tie_word_embeddings": True}, "head_bias needs head='untied'"),
         ("gptj", {"rotary_dim": 7}, "not 7; give an even rope_dim"),
+        # Transformers turns whole heads here, whatever the file says.
+        (
+            "llama",
+            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            "partial_rotary_factor is 0",
+        ),
+        ("llama", {"rms_norm_eps": 10**400}, "rms_norm_eps is 1000.*, expected a number above 0"),
+        ("llama", {"rope_parameters": {"rope_theta": 10**400}}, "rope_theta is 1000"),
+        ("mistral", {"sliding_window": 10**30}, "sliding_window is 1000"),
+        ("qwen2", {"use_sliding_window": "no"}, "use_sliding_window is 'no', expected true or fal"),
+        ("qwen2", {"max_window_layers": -1}, "max_window_layers is -1"),
+        ("gemma2", {"sliding_window_size": 8}, "sliding_window_size is 8, elsewhere it is 5"),
+        ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
+        ("gpt_neo", {"attention_types": [[[], 10**30]]}, "attention_types is"),
+        ("gpt_neo", {"window_size": None}, "window_size is null"),
         ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before is False, only True"),
         ("opt", {"word_embed_proj_dim": 11}, "word_embed_proj_dim is 11, only 24"),
         ("qwen2", {"use_mrope": True}, "use_mrope is True, only False"),
@@ -197,6 +213,21 @@ def test_former_spellings_mean_the_same(model_type: str, former: dict[str, Any])
 def test_refused(model_type: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(WeightsError, match=message):
         from_hf(FAMILIES[model_type], config_of(model_type, **changes), "config.json")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_partial_rope_is_not_written_where_transformers_ignores_it(name: str) -> None:
+    config = from_hf(FAMILIES[name], config_of(name), "")
+    position = eqx_gpt.PositionConfig("rope", rope_dim=2)
+    _, reasons = closest(FAMILIES[name], dataclasses.replace(config, position=position))
+    assert any("partial_rotary_factor" in reason for reason in reasons)
+
+
+def test_windows_from_the_first_layer_on() -> None:
+    hf = config_of("qwen2", max_window_layers=0, layer_types=None)
+    config = from_hf(FAMILIES["qwen2"], hf, "")
+    assert config.layers == (eqx_gpt.LayerConfig(hf["sliding_window"]),)
+    assert from_hf(FAMILIES["qwen2"], to_hf(FAMILIES["qwen2"], config), "") == config
 
 
 def test_null_switches_off_what_is_on_by_default() -> None:
@@ -226,7 +257,7 @@ def test_model_type_may_be_chosen_where_several_hold_the_model(tmp_path: Path) -
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "mistral"
     assert from_pretrained(tmp_path).config == config
     with pytest.raises(
-        WeightsError, match=r"holds this model; the nearest: gpt2: .*position\.kind"
+        WeightsError, match=r"a gpt2 of transformers is not this model: .*position\.kind"
     ):
         save_pretrained(model, tmp_path, model_type="gpt2")
     with pytest.raises(WeightsError, match="unknown model_type 'mistrall'; did you mean 'mistral'"):

@@ -220,10 +220,14 @@ def test_what_llama_cpp_cannot_hold(tmp_path: Path) -> None:
     small = GPTConfig(block_size=13, vocab_size=71, n_layer=2, n_head=2, n_embd=6)
     model, path = random_model(small), tmp_path / "x.gguf"
     mlp = dataclasses.replace(small.mlp, activation="relu")
-    with pytest.raises(WeightsError, match=r"gpt2: mlp\.activation is 'relu', there it is 'gelu_t"):
+    with pytest.raises(WeightsError, match=r"gpt2, does not since mlp\.activation is 'relu'"):
         save_gguf(random_model(dataclasses.replace(small, mlp=mlp)), path)
     with pytest.raises(WeightsError, match=r"ends in \.gguf"):
         save_gguf(model, tmp_path / "x.bin")
+    (tmp_path / "notes.gguf").write_text("mine")
+    with pytest.raises(WeightsError, match="no GGUF file, and is not replaced"):
+        save_gguf(model, tmp_path / "notes.gguf")
+    (tmp_path / "notes.gguf").unlink()
     (tmp_path / "d.gguf").mkdir()
     with pytest.raises(WeightsError, match="is a directory"):
         save_gguf(model, tmp_path / "d.gguf")
@@ -246,7 +250,7 @@ def test_a_failed_save_changes_nothing(
     model = random_model(GPTConfig(block_size=13, vocab_size=71, n_layer=2, n_head=2, n_embd=6))
     path = tmp_path / "x.gguf"
     if there:
-        path.write_bytes(b"before")
+        path.write_bytes(b"GGUF, before")
 
     def fail(*arguments: Any, **kwargs: Any) -> None:
         raise OSError("the disk is full")
@@ -256,7 +260,7 @@ def test_a_failed_save_changes_nothing(
         save_gguf(model, path)
     monkeypatch.undo()
     assert [p.name for p in tmp_path.iterdir()] == ["x.gguf"] * there
-    assert not there or path.read_bytes() == b"before"
+    assert not there or path.read_bytes() == b"GGUF, before"
     save_gguf(model, path, dtype="F32")
     assert same_weights(from_pretrained(path), model)
 
@@ -679,7 +683,8 @@ NOT_READ: dict[str, tuple[dict[str, Any], str]] = {
     "model": ({KEY + "model": "t5"}, "model is 't5', only 'gpt2' and 'llama'"),
     "no merges": ({KEY + "merges": None}, "merges: expected a list of str, found nothing"),
     "merge": ({KEY + "merges": ["ab"]}, "'ab' is no pair of tokens"),
-    "merge of others": ({KEY + "merges": ["\u00e9\u00e9 x"]}, "not a Hugging Face tokenizer.json"),
+    "merge of others": ({KEY + "merges": ["\u00e9\u00e9 x"]}, "does not make a token from two"),
+    "long token": ({KEY + "tokens": ["a" * 1025] + ["b"] * 50256}, "different texts|1025 char"),
     "types": ({KEY + "token_type": [1]}, "token_type has 1 entries for 50257"),
     "numbers": ({KEY + "tokens": [1, 2]}, r"tokens: expected a list of str, found \[1, 2\]"),
     "the same twice": ({KEY + "tokens": ["a"] * 50257}, "expected different texts"),

@@ -184,3 +184,16 @@ def test_tokenizer_without_what_only_some_have(
     tokenizer = load_tokenizer("org/x")
     assert tokenizer.decode(tokenizer.encode("Hello world")) == "Hello world"
     assert tokenizer.chat_template is None
+
+
+def test_special_tokens_of_the_other_files(tmp_path: Path) -> None:
+    """GPT-2's own repository names them by their ids alone, beside the tokenizer."""
+    (tmp_path / "config.json").write_text('{"bos_token_id": 50256, "eos_token_id": 7}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 50256}')
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
+    (tmp_path / "tokenizer.json").write_text(gpt2_tokenizer_json())
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.end_of_text == 50256
+    assert dict(tokenizer.special_tokens) == dict.fromkeys(
+        ("bos_token", "eos_token"), "<|endoftext|>"
+    )

@@ -13,7 +13,7 @@ from architectures import ARCHITECTURES, lively, random_tokens
 from jaxtyping import PyTree
 
 import eqx_gpt
-from eqx_gpt import GPT, GPTConfig, KVCache, cast
+from eqx_gpt import GPT, GPTConfig, KVCache, LayerConfig, cast
 from eqx_gpt.gpt import check_tokens
 from eqx_gpt.layers.attention import Attention
 from eqx_gpt.layers.block import Block
@@ -186,6 +186,26 @@ def test_unroll_beyond_the_layers() -> None:
     tokens = random_tokens(model.config, 2, SEQ)
     found = logits(changed(model, unroll=7), tokens)
     assert norm_of_difference(found, logits(model, tokens)) < 2e-6
+
+
+def test_decoding_copies_no_stack_of_layers() -> None:
+    """Also where the layers are no multiple of the period."""
+
+    def scratch(n_layer: int) -> tuple[int, int]:
+        """Bytes that a step needs beside its arguments, and those of one layer's weights."""
+        layers = (LayerConfig(window=3), LayerConfig(), LayerConfig())
+        config = GPTConfig(
+            n_layer=n_layer, n_head=2, n_embd=128, block_size=8, vocab_size=17, layers=layers
+        )
+        model = eqx.filter_eval_shape(GPT.init, config, key=jax.random.key(0))
+        cache = eqx.filter_eval_shape(KVCache.init, config, (), 8, jnp.float32)
+        step = jax.jit(lambda model, tokens, cache: model.extend(tokens, cache))
+        compiled = step.lower(model, jnp.zeros(1, jnp.int32), cache).compile()
+        of_layer = sum(4 * leaf.size for leaf in jax.tree.leaves(model.blocks)) // n_layer
+        return compiled.memory_analysis().temp_size_in_bytes, of_layer
+
+    (even, of_layer), (odd, _) = scratch(12), scratch(14)
+    assert odd < even + 3 * of_layer
 
 
 def test_vmap_over_sequences_and_over_models() -> None:

@@ -21,7 +21,7 @@ class TrainConfig:
     """Where the run goes: run.json, metrics.jsonl, checkpoints."""
     init_from: str = "scratch"
     """scratch, resume (the run in out_dir), or pretrained weights: a model of the zoo, a hub id,
-    a local directory, another run."""
+    a local directory, a .gguf file, another run."""
     seed: int = 1337
     """Decides the initial weights, the order of the data and dropout."""
 

@@ -123,12 +123,12 @@ def stdlib() -> Corpus:
     )
 
 
-def own_text(files: Sequence[Path], tokenizer: str, val_fraction: float) -> Corpus:
+def own_text(files: Sequence[Path], tokenizer: str | Tokenizer, val_fraction: float) -> Corpus:
     """UTF-8 text files, and folders of them, in the order given, folders in the order of names.
 
     The last `val_fraction` of every file's characters are the validation split. `tokenizer` is
-    `char` (the characters of these files), `gpt2` or the path of a `tokenizer.json`. A file is
-    read whole, so the largest must fit in memory a few times over.
+    one, `char` (the characters of these files), `gpt2` or the path of a `tokenizer.json`. A file
+    is read whole, so the largest must fit in memory a few times over.
     """
     found = _text_files(files)
     hashes, text_bytes, characters = [], 0, set[str]()
@@ -163,8 +163,10 @@ def own_text(files: Sequence[Path], tokenizer: str, val_fraction: float) -> Corp
     )
 
 
-def named_tokenizer(name: str) -> Tokenizer:
-    """`gpt2`, or the path of a `tokenizer.json`."""
+def named_tokenizer(name: str | Tokenizer) -> Tokenizer:
+    """One given as it is, `gpt2`, or the path of a `tokenizer.json`."""
+    if not isinstance(name, str):
+        return name
     if name == "gpt2":
         return GPT2Tokenizer()
     path = Path(name)

@@ -52,7 +52,7 @@ def prepare(
     name: str | None = None,
     source: str | Path | None = None,
     files: Sequence[str | Path] = (),
-    tokenizer: str | None = None,
+    tokenizer: str | Tokenizer | None = None,
     val_fraction: float | None = None,
     num_proc: int | None = None,
     overwrite: bool = False,
@@ -95,7 +95,7 @@ def _local_corpus(
     data_dir: Path,
     source: Path | None,
     files: Sequence[str | Path],
-    tokenizer: str | None,
+    tokenizer: str | Tokenizer | None,
     val_fraction: float | None,
 ) -> Corpus:
     match corpus:
@@ -111,7 +111,11 @@ def _local_corpus(
 
 
 def _web_job(
-    corpus: str, name: str, source: Path | None, tokenizer: str, val_fraction: float | None
+    corpus: str,
+    name: str,
+    source: Path | None,
+    tokenizer: str | Tokenizer,
+    val_fraction: float | None,
 ) -> Job:
     require_datasets()
     web = WEB_CORPORA[corpus]

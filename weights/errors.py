@@ -1,7 +1,7 @@
 """The one error of this package, and JSON that may be anything."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +21,10 @@ def raise_problems(subject: str, problems: Sequence[str]) -> NoReturn:
     if len(problems) > SHOWN:
         lines.append(f"  ... and {len(problems) - SHOWN} more")
     raise WeightsError("\n".join([f"{subject}: {len(problems)} problems", *lines]))
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,14 +6,14 @@ reading it again.
 """
 
 import dataclasses
-import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from eqx_gpt.config import GPTConfig
 from weights.errors import raise_problems
-from weights.groups import Group
+from weights.groups import LARGEST_INT, Group
 from weights.rules import KeyMap
 
 
@@ -90,7 +90,7 @@ _IGNORED = """
     forced_bos_token_id forced_eos_token_id remove_invalid_values return_dict_in_generate
     output_scores torchscript tf_legacy_loss use_bfloat16 _attn_implementation_autoset
     cache_implementation transformers.js_config auto_map unsloth_fixed unsloth_version
-    _attn_implementation attn_implementation _flash_attn_2_enabled
+    _attn_implementation attn_implementation _flash_attn_2_enabled _commit_hash custom_pipelines
 """
 IGNORED = frozenset(_IGNORED.split())
 FIXED: Mapping[str, Any] = {
@@ -101,7 +101,6 @@ FIXED: Mapping[str, Any] = {
     "pruned_heads": {},
     "tie_encoder_decoder": False,
 }
-LARGEST_INT = 2**31 - 1
 MOST_LAYERS = 10_000
 
 # Of training or of how the computation runs: no part of what a file holds.
@@ -123,7 +122,8 @@ def from_hf(family: Family, hf: Mapping[str, Any], where: str) -> GPTConfig:
         name = family.aliases.get(found_name, found_name)
         field = family.fields.get(name)
         if name in in_groups or (value is None and field is not None and field.null == "none"):
-            values[name] = value
+            if values.setdefault(name, value) != value:
+                problems.append(f"{found_name} is {value!r:.80}, elsewhere it is {values[name]!r}")
         elif value is None or name in ignored:
             continue
         elif field is not None:
@@ -152,7 +152,7 @@ def from_hf(family: Family, hf: Mapping[str, Any], where: str) -> GPTConfig:
             raise ValueError(f"{config.n_layer} layers are absurd, at most {MOST_LAYERS} are read")
         for group in family.groups:
             config = group.read({k: v for k, v in values.items() if k in group.names}, config)
-    except (TypeError, ValueError) as error:
+    except (ArithmeticError, TypeError, ValueError) as error:
         raise_problems(where, [str(error)])
     refusal = family.refusal(config)
     if refusal is not None:
@@ -218,7 +218,7 @@ def _expected_instead_of(value: Any, field: Field) -> str | None:
         return None if isinstance(value, bool) else "true or false"
     if kind is float:
         number = whole or isinstance(value, float)
-        return None if number and value > 0 and math.isfinite(value) else "a number above 0"
+        return None if number and 0 < value <= sys.float_info.max else "a number above 0"
     if kind is str and field.values is not None:
         known = isinstance(value, str) and value in field.values
         return None if known else f"one of {', '.join(map(repr, field.values))}"

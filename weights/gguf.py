@@ -14,7 +14,7 @@ import numpy as np
 from eqx_gpt.config import GPTConfig, did_you_mean
 from eqx_gpt.gpt import GPT
 from eqx_gpt.tokenizer import GPT2Tokenizer, JSONTokenizer, Tokenizer
-from weights.errors import WeightsError, raise_problems
+from weights.errors import WeightsError
 from weights.family import closest, to_hf
 from weights.gguf_architectures import ARCHITECTURES, Architecture
 from weights.gguf_model import added, file_rows
@@ -70,12 +70,19 @@ def save_gguf(
 
 
 def check_target(path: str | Path) -> Path:
-    """Where a model may be written. WeightsError if `path` does not end in .gguf or is no file."""
+    """Where a model may be written. WeightsError if `path` does not end in .gguf, or if what is
+    there is no GGUF file."""
     target = Path(path).expanduser().resolve()
-    if target.suffix != ".gguf":
-        raise WeightsError(f"{target}: the name of a GGUF file ends in .gguf")
+    if target.suffix.lower() != ".gguf":
+        raise WeightsError(f"{target}: the name of a GGUF file ends in .gguf; give such a path")
     if target.exists() and not target.is_file():
         raise WeightsError(f"{target} is a directory; give the path of a file")
+    if target.exists() and target.stat().st_size:
+        with target.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise WeightsError(
+                    f"{target} is no GGUF file, and is not replaced; give another path or move it"
+                )
     return target
 
 
@@ -84,15 +91,20 @@ def _architecture_for(config: GPTConfig) -> tuple[Architecture, GPTConfig]:
 
     Of several, the one that needs the fewest zeros for biases that the model lacks.
     """
-    refusals, holding = [], []
+    refusals: list[tuple[str, list[str]]] = []
+    holding = []
     for architecture in ARCHITECTURES.values():
         held, reasons = closest(architecture.family, config)
         if reasons:
-            refusals.append(f"{architecture.name}: {'; '.join(reasons)}")
+            refusals.append((architecture.name, reasons))
         else:
             holding.append((_n_biases(held), architecture, held))
     if not holding:
-        raise_problems("no architecture of llama.cpp known here holds this model", refusals)
+        name, reasons = min(refusals, key=lambda refusal: sum(map(len, refusal[1])))
+        raise WeightsError(
+            f"no architecture of llama.cpp known here holds this model; the nearest, {name}, does "
+            f"not since {'; '.join(reasons)}. Save a Hugging Face directory instead"
+        )
     _, architecture, held = min(holding, key=lambda found: found[0])
     return architecture, _explicit(held)
 

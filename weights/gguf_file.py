@@ -20,7 +20,6 @@ from weights.tensors import StoredTensor
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_DIMS = 4
-LARGEST_ALIGNMENT = 1 << 20
 STRING, ARRAY = 8, 9
 SCALARS = {
     0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4",
@@ -172,6 +171,8 @@ def _row_bytes(name: str, shape: tuple[int, ...], kind: str) -> int:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    if block > 1 and len(shape) == 1:
+        raise ValueError(f"{name!r:.80} has one dimension and type {kind}, expected F32")
     if shape[-1] % block:
         raise ValueError(f"{name!r:.80} has rows of {shape[-1]}, no multiple of {kind}'s {block}")
     return shape[-1] // block * block_bytes

@@ -23,6 +23,8 @@ SPECIAL = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
+LONGEST_TOKEN = 1024  # characters
+MOST_MERGES_A_TOKEN = 64  # SentencePiece's have about 3
 STOPS = ("eot_token_id", "eom_token_id")
 SPACE = "\u2581"  # SentencePiece's
 
@@ -94,11 +96,16 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> JSONTokenizer | None:
     types = types or [NORMAL] * len(tokens)
     if len(types) != len(tokens):
         raise WeightsError(f"{KEY}token_type has {len(types)} entries for {len(tokens)} tokens")
-    while tokens and types[-1] == UNUSED and tokens[-1] == f"[PAD{len(tokens) - 1}]":
-        tokens, types = tokens[:-1], types[:-1]
+    n = len(tokens)
+    while n and types[n - 1] == UNUSED and tokens[n - 1] == f"[PAD{n - 1}]":
+        n -= 1
+    tokens, types = tokens[:n], types[:n]
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens) or not tokens or "" in vocab:
         raise WeightsError(f"{KEY}tokens: expected different texts, none of them empty")
+    longest = max(map(len, tokens))
+    if longest > LONGEST_TOKEN:
+        raise WeightsError(f"{KEY}tokens: one has {longest} characters, at most {LONGEST_TOKEN}")
     special = _special_tokens(metadata, kind, tokens)
     description = {
         "version": "1.0",
@@ -110,7 +117,8 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> JSONTokenizer | None:
     }
     ids = [metadata.get(KEY + name) for name in STOPS]
     end = special.get("eos_token")
-    stops = [tokens[i] for i in ids if isinstance(i, int) and i < len(tokens) and tokens[i] != end]
+    known = [tokens[i] for i in ids if isinstance(i, int) and 0 <= i < len(tokens)]
+    stops = [token for token in known if token != end]
     template = metadata.get("tokenizer.chat_template")
     try:
         return JSONTokenizer(
@@ -166,7 +174,10 @@ def _byte_bpe(
         space = merge.find(" ", 1)
         if space < 0:
             raise WeightsError(f"{KEY}merges: {merge!r:.80} is no pair of tokens")
-        merges.append([merge[:space], merge[space + 1 :]])
+        pair = [merge[:space], merge[space + 1 :]]
+        if not {*pair, "".join(pair)} <= vocab.keys():
+            raise WeightsError(f"{KEY}merges: {merge!r:.80} does not make a token from two")
+        merges.append(pair)
     return {
         "normalizer": splitting.normalizer,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": list(splitting.steps)},
@@ -207,6 +218,8 @@ def _merges(vocab: dict[str, int], types: list[int], scores: list[float]) -> lis
         for at in range(1, len(token))
         if token[:at] in usable and token[at:] in usable
     ]
+    if len(merges) > MOST_MERGES_A_TOKEN * len(usable):
+        raise WeightsError(f"{KEY}tokens: {len(merges)} pairs make {len(usable)} tokens: absurd")
     merges.sort(key=lambda merge: (-merge[0], -merge[1], merge[1] - len(merge[2])))
     return [[token[:at], token[at:]] for _, at, token in merges]
 
@@ -304,6 +317,8 @@ def _tokens(description: Mapping[str, Any], n_vocab: int) -> tuple[list[str], li
     found = {i: (token, _type(token, model)) for token, i in model["vocab"].items()}
     for token in description.get("added_tokens", []):
         content, i = token["content"], token["id"]
+        if i >= n_vocab:
+            continue  # an added token that the model has no embedding of
         if any(token.get(flag) for flag in ("single_word", "lstrip", "rstrip")):
             raise WeightsError(f"the token {content!r:.80} takes spaces, which GGUF cannot hold")
         kind = CONTROL if token["special"] else USER_DEFINED

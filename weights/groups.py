@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from eqx_gpt.config import (
     YarnScaling,
 )
 
+LARGEST_INT = 2**31 - 1
 SLIDING, FULL = "sliding_attention", "full_attention"
 SHAPE = ("rope_theta", "partial_rotary_factor")  # of rope_parameters, but not of rope_scaling
 
@@ -39,8 +41,9 @@ def rope(
 ) -> Group:
     """Rotary positions of the whole model, in transformers' present and former spellings.
 
-    `theta` and `share`, of a head's dimensions that turn, are the defaults. `old` are the former
-    names of the two, if they were not rope_theta and partial_rotary_factor.
+    `theta` and `share`, of a head's dimensions that turn, are the defaults; where `share` is 1
+    transformers turns whole heads whatever the file says. `old` are the former names of the two,
+    if they were not rope_theta and partial_rotary_factor.
     """
     old_theta, old_share = old or ("rope_theta", "partial_rotary_factor")
     names = {"rope_parameters", "rope_scaling", old_theta, old_share}
@@ -50,15 +53,15 @@ def rope(
         given = {"rope_theta": theta, "partial_rotary_factor": share}
         former = {"rope_theta": hf.get(old_theta), "partial_rotary_factor": hf.get(old_share)}
         given |= {name: value for name, value in former.items() if value is not None}
-        position = read_rope({**given, **parameters}, config)
+        position = read_rope({**given, **parameters}, config, partial=share < 1)
         return dataclasses.replace(config, position=position)
 
     def write(config: GPTConfig) -> dict[str, Any]:
         if config.position.kind != "rope":
             return {}
         parameters = write_rope(config.position, config)
-        if share == 1.0 and parameters["partial_rotary_factor"] == 1.0:
-            del parameters["partial_rotary_factor"]
+        if share == 1.0:
+            parameters = _whole(parameters)
         hf: dict[str, Any] = {"rope_parameters": parameters}
         # Versions of transformers before 5 read these instead.
         hf[old_theta] = parameters["rope_theta"]
@@ -71,15 +74,31 @@ def rope(
     return Group(frozenset(names), read, write)
 
 
-def read_rope(parameters: Mapping[str, Any], config: GPTConfig) -> PositionConfig:
-    """The positions that a rope_parameters object says. ValueError names what is not known."""
+def _whole(parameters: dict[str, Any]) -> dict[str, Any]:
+    """rope_parameters without the share of a head where that is 1."""
+    share = parameters["partial_rotary_factor"]
+    return {k: v for k, v in parameters.items() if k != "partial_rotary_factor" or share != 1.0}
+
+
+def read_rope(
+    parameters: Mapping[str, Any], config: GPTConfig, *, partial: bool = True
+) -> PositionConfig:
+    """The positions that a rope_parameters object says. ValueError names what is not known.
+
+    `partial`: whether a part of a head may turn.
+    """
     left = {name: value for name, value in parameters.items() if value is not None}
     kind = left.pop("rope_type", left.pop("type", "default"))
     left.pop("type", None)
     theta = _positive(left, "rope_theta")
     share = _positive(left, "partial_rotary_factor", 1.0)
+    if share > 1 or (share < 1 and not partial):
+        raise ValueError(f"partial_rotary_factor is {share}, only 1.0 is supported")
     dim = int(config.head_dim * share)
     length = left.pop("original_max_position_embeddings", config.block_size)
+    if not _is_whole(length):
+        expected = "expected a whole number above 0"
+        raise ValueError(f"original_max_position_embeddings is {length!r:.80}, {expected}")
     scaling: RopeScaling | None
     match kind:
         case "default":
@@ -93,6 +112,11 @@ def read_rope(parameters: Mapping[str, Any], config: GPTConfig) -> PositionConfi
             attention = left.pop("attention_factor", None)
             fast, slow = _positive(left, "beta_fast", 32.0), _positive(left, "beta_slow", 1.0)
             truncate = left.pop("truncate", True)
+            if not isinstance(truncate, bool) or theta <= 1:
+                raise ValueError(
+                    f"yarn has truncate={truncate!r:.80} and rope_theta={theta}, expected true or "
+                    "false and a number above 1"
+                )
             factor = _positive(left, "factor")
             scaling = YarnScaling(factor, length, attention, fast, slow, truncate)
         case _:
@@ -148,7 +172,7 @@ def window(default: int | None) -> Group:
     """One sliding window for all layers, or none."""
 
     def read(hf: Mapping[str, Any], config: GPTConfig) -> GPTConfig:
-        size = _window_size(hf, "sliding_window", default)
+        size = window_size(hf, "sliding_window", default)
         return dataclasses.replace(config, layers=(LayerConfig(size),))
 
     def write(config: GPTConfig) -> dict[str, Any]:
@@ -162,9 +186,10 @@ def late_windows() -> Group:
     or where layer_types says."""
 
     def read(hf: Mapping[str, Any], config: GPTConfig) -> GPTConfig:
-        used = hf.get("use_sliding_window") or False
-        size = _window_size(hf, "sliding_window", 4096) if used else None
-        first = _window_size(hf, "max_window_layers", 28) or config.n_layer
+        size = window_size(hf, "sliding_window", 4096) if _flag(hf) else None
+        first = hf.get("max_window_layers", 28)
+        if first != 0 and not _is_whole(first):
+            raise ValueError(f"max_window_layers is {first!r:.80}, expected a whole number")
         by_rule = [FULL if i < first else SLIDING for i in range(config.n_layer)]
         types = _layer_types(hf, config) or by_rule
         return dataclasses.replace(config, layers=_of_types(types, LayerConfig(size)))
@@ -183,13 +208,14 @@ def alternating_windows(every: int) -> Group:
     """A sliding window in all layers but each `every`-th, or where layer_types says."""
 
     def read(hf: Mapping[str, Any], config: GPTConfig) -> GPTConfig:
-        size = _window_size(hf, "sliding_window", 4096)
+        size = window_size(hf, "sliding_window", 4096)
         types = _layer_types(hf, config) or _all_but_each(every, config.n_layer)
         return dataclasses.replace(config, layers=_of_types(types, LayerConfig(size)))
 
     def write(config: GPTConfig) -> dict[str, Any]:
         size, types = _written(config)
-        return {"sliding_window": size, "layer_types": types}
+        window = {} if size is None else {"sliding_window": size}
+        return {**window, "layer_types": types}
 
     return Group(frozenset({"sliding_window", "layer_types"}), read, write)
 
@@ -201,29 +227,28 @@ def two_ropes(every: int, theta: float = 1_000_000.0, local_theta: float = 10_00
     names |= {"sliding_window_pattern", "_sliding_window_pattern"}
 
     def read(hf: Mapping[str, Any], config: GPTConfig) -> GPTConfig:
-        step = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or every
-        if isinstance(step, bool) or not isinstance(step, int) or step < 1:
-            raise ValueError(f"sliding_window_pattern is {step!r:.80}, expected a whole number")
+        step = _period_of(hf, every, "sliding_window_pattern", "_sliding_window_pattern")
         both = _object(hf, "rope_parameters")
         if both.keys() - {SLIDING, FULL}:
             raise ValueError(f"rope_parameters has {sorted(both)}, expected {SLIDING} and {FULL}")
-        own = {"rope_theta": hf.get("rope_theta") or theta, **_object(hf, "rope_scaling")}
+        own = {"rope_theta": _or(hf.get("rope_theta"), theta), **_object(hf, "rope_scaling")}
         own |= _object(both, FULL)
-        local = {"rope_theta": hf.get("rope_local_base_freq") or local_theta}
+        local = {"rope_theta": _or(hf.get("rope_local_base_freq"), local_theta)}
         local |= _object(both, SLIDING)
-        of_local = LayerConfig(_window_size(hf, "sliding_window", 4096), read_rope(local, config))
+        of_local = LayerConfig(
+            window_size(hf, "sliding_window", 4096), read_rope(local, config, partial=False)
+        )
         types = _layer_types(hf, config) or _all_but_each(step, config.n_layer)
         return dataclasses.replace(
-            config, position=read_rope(own, config), layers=_of_types(types, of_local)
+            config,
+            position=read_rope(own, config, partial=False),
+            layers=_of_types(types, of_local),
         )
 
     def write(config: GPTConfig) -> dict[str, Any]:
         positions = [x.position for x in config.layers if x.position is not None]
         local = write_rope(positions[0] if positions else PositionConfig("rope"), config)
-        own = write_rope(config.position, config)
-        for parameters in (own, local):
-            if parameters["partial_rotary_factor"] == 1.0:
-                del parameters["partial_rotary_factor"]
+        own, local = _whole(write_rope(config.position, config)), _whole(local)
         hf = {**windows.write(config), "rope_parameters": {FULL: own, SLIDING: local}}
         # Versions of transformers before 5 read these instead.
         hf["rope_theta"], hf["rope_local_base_freq"] = own["rope_theta"], local["rope_theta"]
@@ -240,14 +265,11 @@ def some_ropes(every: int = 4) -> Group:
 
     def read(hf: Mapping[str, Any], config: GPTConfig) -> GPTConfig:
         n_layer = config.n_layer
-        step = hf.get("no_rope_layer_interval") or every
-        if isinstance(step, bool) or not isinstance(step, int) or step < 1:
-            raise ValueError(f"no_rope_layer_interval is {step!r:.80}, expected a whole number")
+        step = _period_of(hf, every, "no_rope_layer_interval")
         turned = hf.get("no_rope_layers") or [int((i + 1) % step != 0) for i in range(n_layer)]
         if not isinstance(turned, list) or len(turned) != n_layer or set(turned) - {0, 1}:
             raise ValueError(f"no_rope_layers is {turned!r:.80}, expected {n_layer} times 0 or 1")
-        used = hf.get("use_sliding_window") or False
-        size = _window_size(hf, "sliding_window", None) if used else None
+        size = window_size(hf, "sliding_window", None) if _flag(hf) else None
         types = _layer_types(hf, config) or [FULL if turn else SLIDING for turn in turned]
         layers = [
             LayerConfig(size if kind == SLIDING else None, None if turn else PositionConfig("none"))
@@ -303,11 +325,36 @@ def period(layers: Sequence[LayerConfig]) -> tuple[LayerConfig, ...]:
     return tuple(layers)
 
 
-def _window_size(hf: Mapping[str, Any], name: str, default: int | None) -> int | None:
+def window_size(hf: Mapping[str, Any], name: str, default: int | None) -> int | None:
     size = hf.get(name, default)
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+    if size is not None and not _is_whole(size):
         raise ValueError(f"{name} is {size!r:.80}, expected a whole number above 0 or null")
     return size
+
+
+def _flag(hf: Mapping[str, Any]) -> bool:
+    used = _or(hf.get("use_sliding_window"), False)
+    if not isinstance(used, bool):
+        raise ValueError(f"use_sliding_window is {used!r:.80}, expected true or false")
+    return used
+
+
+def _period_of(hf: Mapping[str, Any], default: int, *names: str) -> int:
+    """The first of these fields that is given: how many layers make a period."""
+    for name in names:
+        if hf.get(name) is not None:
+            if not _is_whole(hf[name]):
+                raise ValueError(f"{name} is {hf[name]!r:.80}, expected a whole number above 0")
+            return hf[name]
+    return default
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST_INT
 
 
 def _object(hf: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -321,6 +368,6 @@ def _positive(values: dict[str, Any], name: str, default: float | None = None) -
     """Takes a number above 0 out of `values`."""
     value = values.pop(name, default)
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:
+    if not number or not 0 < value <= sys.float_info.max:
         raise ValueError(f"{name} is {value!r:.80}, expected a number above 0")
     return float(value)

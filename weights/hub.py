@@ -41,7 +41,10 @@ class Source:
         """A local path of the file. WeightsError if there is none."""
         path = self.find_file(name)
         if path is None:
-            raise WeightsError(f"{self.location} has no file {name}")
+            raise WeightsError(
+                f"{self.location} has no file {name}; of a repository of GGUF files, download one "
+                "and give its path"
+            )
         return path
 
     def find_file(self, *names: str) -> Path | None:
@@ -149,7 +152,7 @@ def _local(path: Path, name: str, revision: str | None) -> Source:
     if revision is not None:
         raise WeightsError(f"{name} is local: revision={revision!r} is only for the hub")
     if not path.is_dir():
-        if path.suffix == ".gguf":
+        if path.suffix.lower() == ".gguf":
             return Source("gguf", str(path))
         raise WeightsError(f"{name} is a file; give the directory that holds its config.json")
     if (path / "run.json").is_file():

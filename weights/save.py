@@ -1,6 +1,5 @@
 """Models to files: `save_pretrained`."""
 
-import json
 import os
 import re
 import shutil
@@ -8,7 +7,6 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +15,7 @@ from eqx_gpt.config import GPTConfig, did_you_mean
 from eqx_gpt.gpt import GPT
 from eqx_gpt.tokenizer import Tokenizer
 from eqx_gpt.tree import named_arrays
-from weights.errors import WeightsError
+from weights.errors import WeightsError, write_json
 from weights.families import family_for
 from weights.family import to_hf
 from weights.load import DType, skeleton
@@ -71,11 +69,14 @@ def save_pretrained(
         raise WeightsError(
             f"dtype {dtype_name!r} cannot be written; {did_you_mean(dtype_name, DTYPES.values())}"
         )
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise WeightsError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}; "
-            "give the tokenizer that the model was trained with"
-        )
+    if tokenizer is not None:
+        # Gemma 3's tokenizer has a token for images, which its text models have no embedding of.
+        n_token = getattr(tokenizer, "n_trained", tokenizer.vocab_size)
+        if n_token > config.vocab_size:
+            raise WeightsError(
+                f"the tokenizer has {n_token} tokens, the model {config.vocab_size}; give the "
+                "tokenizer that the model was trained with"
+            )
     tensors = tensors_of(model, config, family.key_map(config), dtype_name)
     special = _special_ids(tokenizer, family.model_type, config.vocab_size)
     described = {
@@ -87,8 +88,8 @@ def save_pretrained(
         **special,
     }
     with _replacing(target) as partial:
-        _write_json(partial / "config.json", described)
-        _write_json(partial / "generation_config.json", special)
+        write_json(partial / "config.json", described)
+        write_json(partial / "generation_config.json", special)
         _write_shards(tensors, partial, jnp.dtype(dtype_name), max_shard_bytes)
         if tokenizer is not None:
             write_tokenizer(tokenizer, partial, config.block_size)
@@ -138,10 +139,6 @@ def _special_ids(
     return {"bos_token_id": end, "eos_token_id": end}
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
-
-
 def _write_shards(
     tensors: Tensors, directory: Path, dtype: np.dtype, max_bytes: int | float
 ) -> None:
@@ -169,7 +166,7 @@ def _write_shards(
         shutil.copymode(directory / "config.json", directory / name)
     if len(shards) > 1:
         total = sum(view.size for view, _ in tensors.values()) * dtype.itemsize
-        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
 
 
 @contextmanager

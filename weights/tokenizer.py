@@ -1,7 +1,6 @@
 """A model's tokenizer, from its files and to them."""
 
 import importlib.resources
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from eqx_gpt.tokenizer import (
     Tokenizer,
     tokenizer_from_spec,
 )
-from weights.errors import WeightsError, read_json
+from weights.errors import WeightsError, read_json, write_json
 from weights.gguf_file import read_gguf
 from weights.gguf_tokenizer import read_tokenizer
 from weights.hub import Source, find
@@ -67,7 +66,10 @@ def find_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
             "AutoTokenizer.from_pretrained(...).save_pretrained(DIRECTORY)"
         )
     if read_json(source.file("vocab.json")) != vocab:
-        raise WeightsError(f"{source.location}: vocab.json holds other ids than GPT-2's")
+        raise WeightsError(
+            f"{source.location}: vocab.json holds other ids than GPT-2's; make a tokenizer.json "
+            "with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(DIRECTORY)"
+        )
     return GPT2Tokenizer()
 
 
@@ -82,13 +84,17 @@ def _json_tokenizer(text: str, source: Source) -> JSONTokenizer:
         token = token.get("content") if isinstance(token, Mapping) else token
         if isinstance(token, str) and plain.token_id(token) is not None:
             special[name] = token
+    ids: dict[str, list[str]] = {}
+    for name in ("generation_config.json", "config.json"):
+        path = source.find_optional(name)
+        for key, value in ({} if path is None else read_json(path)).items():
+            values = value if isinstance(value, list) else [value]
+            texts = [plain.token_text(i) for i in values if isinstance(i, int)]
+            if key.removesuffix("_id") in SPECIAL_TOKENS:
+                ids.setdefault(key.removesuffix("_id"), [t for t in texts if t is not None])
+    special = {name: texts[0] for name, texts in ids.items() if texts} | special
     end = special.get("eos_token")
-    path = source.find_optional("generation_config.json")
-    ends = None if path is None else read_json(path).get("eos_token_id")
-    found = (
-        [plain.token_text(i) for i in ends if isinstance(i, int)] if isinstance(ends, list) else []
-    )
-    stops = tuple(token for token in found if token is not None and token != end)
+    stops = tuple(token for token in ids.get("eos_token", []) if token != end)
     return JSONTokenizer(text, end, special, stops, _chat_template(config, source))
 
 
@@ -133,17 +139,13 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, block_size: int) -> N
         case JSONTokenizer(text, end):
             described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
         case _:
-            _write_json(directory / SPEC, tokenizer.spec())
+            write_json(directory / SPEC, tokenizer.spec())
             return
     (directory / "tokenizer.json").write_text(text, "utf-8", newline="\n")
     described |= {**tokenizer.special_tokens, "model_max_length": block_size}
-    _write_json(directory / "tokenizer_config.json", described)
+    write_json(directory / "tokenizer_config.json", described)
     if tokenizer.chat_template is not None:
         (directory / TEMPLATE).write_text(tokenizer.chat_template, "utf-8", newline="")
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
 
 
 def gpt2_vocab_and_merges() -> tuple[dict[str, int], list[tuple[str, str]]]:

@@ -51,10 +51,11 @@ def family_of(hf: Mapping[str, Any], where: str) -> Family:
     """The family that a parsed config.json names. WeightsError if it names none that is known."""
     model_type = hf.get("model_type")
     if not isinstance(model_type, str):
-        raise WeightsError(f"{where}: model_type is {model_type!r}, expected a string")
+        raise WeightsError(f"{where}: model_type is {model_type!r:.80}, expected a string")
     if model_type not in FAMILIES:
         raise WeightsError(
-            f"{where}: unknown model_type {model_type!r}; {did_you_mean(model_type, FAMILIES)}"
+            f"{where}: unknown model_type {model_type[:80]!r}; "
+            f"{did_you_mean(model_type[:80], FAMILIES)}"
         )
     return FAMILIES[model_type]
 
@@ -80,6 +81,9 @@ def family_for(config: GPTConfig, model_type: str | None = None) -> tuple[Family
             return family, held
     if with_more:
         return with_more[0]
+    if model_type is not None:
+        reasons = "; ".join(refusals[0][1])
+        raise WeightsError(f"a {model_type} of transformers is not this model: {reasons}")
     nearest = sorted(refusals, key=lambda refusal: len(refusal[1]))[:NEAREST]
     subject = "no Hugging Face architecture known here holds this model; the nearest"
     raise_problems(subject, [f"{name}: {'; '.join(reasons)}" for name, reasons in nearest])

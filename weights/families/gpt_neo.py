@@ -6,7 +6,7 @@ from typing import Any
 
 from eqx_gpt.config import GPTConfig, LayerConfig
 from weights.family import ACTIVATIONS, HEAD, Family, Field
-from weights.groups import Group, period
+from weights.groups import Group, period, window_size
 from weights.layout import separate_qkv
 from weights.rules import KeyMap, Rule, linear
 
@@ -20,15 +20,17 @@ def read_types(hf: Mapping[str, Any], config: GPTConfig) -> GPTConfig:
     types: list[str] = []
     for item in given if isinstance(given, list) else [None]:
         match item:
-            case [list(kinds), int(repeats)] if len(kinds) * repeats <= config.n_layer:
-                types += kinds * repeats
+            case [list(kinds), int(n)] if kinds and n > 0 and len(kinds) * n <= config.n_layer:
+                types += kinds * n
             case _:
                 raise ValueError(f"attention_types is {given!r:.80}, {expected}")
     if len(types) != config.n_layer or any(kind not in (GLOBAL, LOCAL) for kind in types):
         raise ValueError(f"attention_types is {given!r:.80}, {expected}")
     if hf.get("attention_layers") not in (None, types):
         raise ValueError(f"attention_layers is {hf['attention_layers']!r:.80}, expected {types}")
-    window = LayerConfig(hf.get("window_size", 256))
+    window = LayerConfig(window_size(hf, "window_size", 256))
+    if window.window is None:
+        raise ValueError("window_size is null, expected a whole number above 0")
     return dataclasses.replace(
         config, layers=period([window if kind == LOCAL else LayerConfig() for kind in types])
     )

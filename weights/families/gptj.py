@@ -42,7 +42,7 @@ GPTJ = Family(
         "n_layer": Field(28, ("n_layer",)),
         "n_head": Field(16, ("n_head",)),
         "n_inner": Field(None, ("mlp.n_inner",)),
-        "rotary_dim": Field(64, ("position.rope_dim",)),
+        "rotary_dim": Field(64, ("position.rope_dim",), null="none"),
         "activation_function": Field("gelu_new", ("mlp.activation",), ACTIVATIONS),
         "layer_norm_epsilon": Field(1e-5, ("norm.eps",)),
         "tie_word_embeddings": Field(False, ("head",), HEAD),

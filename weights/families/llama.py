@@ -37,6 +37,7 @@ LLAMA = Family(
         "tie_word_embeddings": Field(False, ("head",), HEAD),
     },
     groups=(rope(),),
+    aliases={"max_sequence_length": "max_position_embeddings"},
     fixed={"rope_interleaved": False},
     dropout=("attention_dropout",),
     # pretraining_tp splits products without changing them
