@@ -51,11 +51,16 @@ class Arguments:
 
 def main() -> int:
     options = vars(parse(Arguments))
-    tokenizer = options["tokenizer"]
-    if tokenizer not in (None, "char", "gpt2") and not tokenizer.endswith(".json"):
-        from weights import load_tokenizer
+    named = options["tokenizer"]
+    known = named in (None, "char", "gpt2")
+    if not known and (named.lower().endswith(".gguf") or not Path(named).is_file()):
+        from weights import WeightsError, load_tokenizer
 
-        options["tokenizer"] = load_tokenizer(tokenizer)
+        try:
+            options["tokenizer"] = load_tokenizer(named)
+        except WeightsError as error:
+            what = "neither char, gpt2, a tokenizer.json nor a model with a tokenizer"
+            raise ValueError(f"--tokenizer {named!r} is {what}: {error}") from error
     try:
         manifest = prepare(options.pop("dataset"), options.pop("data_dir"), **options)
     except KeyboardInterrupt:
