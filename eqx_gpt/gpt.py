@@ -148,6 +148,11 @@ class GPT(eqx.Module):
         n_left = n_layer % period
         n_whole = n_layer - n_left
 
+        # Decoding takes a period at a time out of a stack that has more layers than whole periods:
+        # a slice of it would be copied for every token. (Gradients want the slice: they would add
+        # to the whole stack in every period.)
+        cut = n_left > 0 and cache is not None
+
         def step(carry: tuple, of_period: Any) -> tuple[tuple, None]:
             if cut:
                 start = of_period * period
@@ -156,15 +161,14 @@ class GPT(eqx.Module):
                 )
             return run_period(carry, of_period, range(period)), None
 
-        # Decoding takes a period at a time out of a stack that has more layers than whole periods:
-        # a slice of it would be copied for every token. (Gradients want the slice: they would add
-        # to the whole stack in every period.)
-        cut = n_left > 0 and cache is not None
-        whole = jnp.arange(n_whole // period)
-        if not cut:
+        if cut:
+            whole = jnp.arange(n_whole // period)
+        else:
             whole = jax.tree.map(lambda x: x[:n_whole].reshape(-1, period, *x.shape[1:]), per_layer)
         unroll = max(1, min(self.config.unroll, n_layer) // period)
         carry, _ = lax.scan(step, (x, cache), whole, unroll=unroll)
+        if n_left == 0:
+            return carry
         left = jax.tree.map(lambda x: x[n_whole:], per_layer)
         return run_period(carry, left, range(n_left))
 

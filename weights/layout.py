@@ -1,9 +1,32 @@
-"""Key rules that families share: norms, separate q, k and v, and Llama's names."""
+"""What families share: Llama's block and names of sizes and keys; norms; separate q, k and v."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from eqx_gpt.config import GPTConfig
+from weights.family import Field
 from weights.rules import KeyMap, Rule, linear
+
+LLAMA_BLOCK: Mapping[str, Any] = {
+    "norm.kind": "rmsnorm",
+    "norm.bias": False,
+    "position.kind": "rope",
+    "mlp.kind": "gated",
+}
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "block_size",
+    "hidden_size": "n_embd",
+    "intermediate_size": "mlp.n_inner",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "num_key_value_heads": "attention.n_kv_head",
+}
+
+
+def llama_sizes(**defaults: int | None) -> dict[str, Field]:
+    """The sizes by Llama's names, with transformers' default for each of `_SIZES`."""
+    return {name: Field(defaults[name], (place,)) for name, place in _SIZES.items()}
 
 
 def norm(leaf: str, key: str, config: GPTConfig) -> list[Rule]:

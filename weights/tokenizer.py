@@ -87,11 +87,13 @@ def _json_tokenizer(text: str, source: Source) -> JSONTokenizer:
     ids: dict[str, list[str]] = {}
     for name in ("generation_config.json", "config.json"):
         path = source.find_optional(name)
-        for key, value in ({} if path is None else read_json(path)).items():
-            values = value if isinstance(value, list) else [value]
-            texts = [plain.token_text(i) for i in values if isinstance(i, int)]
-            if key.removesuffix("_id") in SPECIAL_TOKENS:
-                ids.setdefault(key.removesuffix("_id"), [t for t in texts if t is not None])
+        described = {} if path is None else read_json(path)
+        for token in SPECIAL_TOKENS:
+            if token not in ids and f"{token}_id" in described:
+                given = described[f"{token}_id"]
+                given = given if isinstance(given, list) else [given]
+                texts = [plain.token_text(i) for i in given if isinstance(i, int)]
+                ids[token] = [text for text in texts if text is not None]
     special = {name: texts[0] for name, texts in ids.items() if texts} | special
     end = special.get("eos_token")
     stops = tuple(token for token in ids.get("eos_token", []) if token != end)

@@ -2,7 +2,7 @@
 
 from weights.family import ACTIVATIONS, HEAD, Family, Field
 from weights.groups import rope
-from weights.layout import PRE_NORM, llama_like
+from weights.layout import LLAMA_BLOCK, PRE_NORM, llama_like, llama_sizes
 
 # The first files said "gelu" and meant the approximation.
 GELU_MEANS_TANH = {"gelu_pytorch_tanh": "gelu_tanh", **ACTIVATIONS, "gelu": "gelu_tanh"}
@@ -12,22 +12,21 @@ GEMMA = Family(
     model_type="gemma",
     architecture="GemmaForCausalLM",
     base={
-        "norm.kind": "rmsnorm",
-        "norm.bias": False,
-        "position.kind": "rope",
-        "mlp.kind": "gated",
+        **LLAMA_BLOCK,
         "mlp.bias": False,
         "norm.scale": "one_plus_weight",
         "embedding_scale": "sqrt_n_embd",
     },
     fields={
-        "vocab_size": Field(256000, ("vocab_size",)),
-        "max_position_embeddings": Field(8192, ("block_size",)),
-        "hidden_size": Field(3072, ("n_embd",)),
-        "intermediate_size": Field(24576, ("mlp.n_inner",)),
-        "num_hidden_layers": Field(28, ("n_layer",)),
-        "num_attention_heads": Field(16, ("n_head",)),
-        "num_key_value_heads": Field(16, ("attention.n_kv_head",)),
+        **llama_sizes(
+            vocab_size=256000,
+            max_position_embeddings=8192,
+            hidden_size=3072,
+            intermediate_size=24576,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            num_key_value_heads=16,
+        ),
         "head_dim": Field(256, ("attention.head_dim",)),
         "hidden_act": Field("gelu_pytorch_tanh", ("mlp.activation",), GELU_MEANS_TANH),
         "rms_norm_eps": Field(1e-6, ("norm.eps",)),

@@ -3,29 +3,28 @@ a sliding window in every other layer."""
 
 from weights.family import ACTIVATIONS, HEAD, Family, Field
 from weights.groups import alternating_windows, query_scale, rope
-from weights.layout import SANDWICH, llama_like
+from weights.layout import LLAMA_BLOCK, SANDWICH, llama_like, llama_sizes
 
 GEMMA2 = Family(
     model_type="gemma2",
     architecture="Gemma2ForCausalLM",
     base={
-        "norm.kind": "rmsnorm",
-        "norm.bias": False,
-        "position.kind": "rope",
-        "mlp.kind": "gated",
+        **LLAMA_BLOCK,
         "mlp.bias": False,
         "norm.scale": "one_plus_weight",
         "embedding_scale": "sqrt_n_embd",
         "residual": "sandwich",
     },
     fields={
-        "vocab_size": Field(256000, ("vocab_size",)),
-        "max_position_embeddings": Field(8192, ("block_size",)),
-        "hidden_size": Field(2304, ("n_embd",)),
-        "intermediate_size": Field(9216, ("mlp.n_inner",)),
-        "num_hidden_layers": Field(26, ("n_layer",)),
-        "num_attention_heads": Field(8, ("n_head",)),
-        "num_key_value_heads": Field(4, ("attention.n_kv_head",)),
+        **llama_sizes(
+            vocab_size=256000,
+            max_position_embeddings=8192,
+            hidden_size=2304,
+            intermediate_size=9216,
+            num_hidden_layers=26,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+        ),
         "head_dim": Field(256, ("attention.head_dim",)),
         "hidden_activation": Field("gelu_pytorch_tanh", ("mlp.activation",), ACTIVATIONS),
         "rms_norm_eps": Field(1e-6, ("norm.eps",)),

@@ -3,16 +3,13 @@ of their own, then one that sees all. Queries and keys are normalised."""
 
 from weights.family import ACTIVATIONS, HEAD, Family, Field
 from weights.groups import query_scale, two_ropes
-from weights.layout import SANDWICH, llama_like
+from weights.layout import LLAMA_BLOCK, SANDWICH, llama_like, llama_sizes
 
 GEMMA3_TEXT = Family(
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
     base={
-        "norm.kind": "rmsnorm",
-        "norm.bias": False,
-        "position.kind": "rope",
-        "mlp.kind": "gated",
+        **LLAMA_BLOCK,
         "mlp.bias": False,
         "norm.scale": "one_plus_weight",
         "embedding_scale": "sqrt_n_embd",
@@ -20,13 +17,15 @@ GEMMA3_TEXT = Family(
         "attention.qk_norm": "head",
     },
     fields={
-        "vocab_size": Field(262208, ("vocab_size",)),
-        "max_position_embeddings": Field(131072, ("block_size",)),
-        "hidden_size": Field(2304, ("n_embd",)),
-        "intermediate_size": Field(9216, ("mlp.n_inner",)),
-        "num_hidden_layers": Field(26, ("n_layer",)),
-        "num_attention_heads": Field(8, ("n_head",)),
-        "num_key_value_heads": Field(4, ("attention.n_kv_head",)),
+        **llama_sizes(
+            vocab_size=262208,
+            max_position_embeddings=131072,
+            hidden_size=2304,
+            intermediate_size=9216,
+            num_hidden_layers=26,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+        ),
         "head_dim": Field(256, ("attention.head_dim",)),
         "hidden_activation": Field("gelu_pytorch_tanh", ("mlp.activation",), ACTIVATIONS),
         "rms_norm_eps": Field(1e-6, ("norm.eps",)),

@@ -4,7 +4,7 @@ TinyLlama, ..."""
 from eqx_gpt.config import GPTConfig
 from weights.family import ACTIVATIONS, HEAD, Family, Field
 from weights.groups import rope
-from weights.layout import PRE_NORM, llama_like
+from weights.layout import LLAMA_BLOCK, PRE_NORM, llama_like, llama_sizes
 
 
 def refusal(config: GPTConfig) -> str | None:
@@ -15,20 +15,17 @@ def refusal(config: GPTConfig) -> str | None:
 LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
-    base={
-        "norm.kind": "rmsnorm",
-        "norm.bias": False,
-        "position.kind": "rope",
-        "mlp.kind": "gated",
-    },
+    base=LLAMA_BLOCK,
     fields={
-        "vocab_size": Field(32000, ("vocab_size",)),
-        "max_position_embeddings": Field(2048, ("block_size",)),
-        "hidden_size": Field(4096, ("n_embd",)),
-        "intermediate_size": Field(11008, ("mlp.n_inner",)),
-        "num_hidden_layers": Field(32, ("n_layer",)),
-        "num_attention_heads": Field(32, ("n_head",)),
-        "num_key_value_heads": Field(None, ("attention.n_kv_head",)),
+        **llama_sizes(
+            vocab_size=32000,
+            max_position_embeddings=2048,
+            hidden_size=4096,
+            intermediate_size=11008,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=None,
+        ),
         "head_dim": Field(None, ("attention.head_dim",)),
         "hidden_act": Field("silu", ("mlp.activation",), ACTIVATIONS),
         "rms_norm_eps": Field(1e-6, ("norm.eps",)),

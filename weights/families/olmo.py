@@ -2,7 +2,7 @@
 
 from weights.family import ACTIVATIONS, HEAD, Family, Field
 from weights.groups import rope
-from weights.layout import llama_like
+from weights.layout import llama_like, llama_sizes
 
 OLMO = Family(
     model_type="olmo",
@@ -15,13 +15,15 @@ OLMO = Family(
         "mlp.bias": False,
     },
     fields={
-        "vocab_size": Field(50304, ("vocab_size",)),
-        "max_position_embeddings": Field(2048, ("block_size",)),
-        "hidden_size": Field(4096, ("n_embd",)),
-        "intermediate_size": Field(11008, ("mlp.n_inner",)),
-        "num_hidden_layers": Field(32, ("n_layer",)),
-        "num_attention_heads": Field(32, ("n_head",)),
-        "num_key_value_heads": Field(None, ("attention.n_kv_head",)),
+        **llama_sizes(
+            vocab_size=50304,
+            max_position_embeddings=2048,
+            hidden_size=4096,
+            intermediate_size=11008,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=None,
+        ),
         "hidden_act": Field("silu", ("mlp.activation",), ACTIVATIONS),
         "attention_bias": Field(False, ("attention.qkv_bias", "attention.out_bias")),
         "clip_qkv": Field(None, ("attention.clip_qkv",), kind=float),

@@ -3,7 +3,7 @@ keys over all heads together."""
 
 from weights.family import ACTIVATIONS, HEAD, Family, Field
 from weights.groups import rope
-from weights.layout import llama_like
+from weights.layout import LLAMA_BLOCK, llama_like, llama_sizes
 
 POST_NORM = {
     "post_norm1": "post_attention_layernorm",
@@ -15,22 +15,21 @@ OLMO2 = Family(
     model_type="olmo2",
     architecture="Olmo2ForCausalLM",
     base={
-        "norm.kind": "rmsnorm",
-        "norm.bias": False,
-        "position.kind": "rope",
-        "mlp.kind": "gated",
+        **LLAMA_BLOCK,
         "mlp.bias": False,
         "residual": "post_norm",
         "attention.qk_norm": "all_heads",
     },
     fields={
-        "vocab_size": Field(50304, ("vocab_size",)),
-        "max_position_embeddings": Field(2048, ("block_size",)),
-        "hidden_size": Field(4096, ("n_embd",)),
-        "intermediate_size": Field(11008, ("mlp.n_inner",)),
-        "num_hidden_layers": Field(32, ("n_layer",)),
-        "num_attention_heads": Field(32, ("n_head",)),
-        "num_key_value_heads": Field(None, ("attention.n_kv_head",)),
+        **llama_sizes(
+            vocab_size=50304,
+            max_position_embeddings=2048,
+            hidden_size=4096,
+            intermediate_size=11008,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=None,
+        ),
         "hidden_act": Field("silu", ("mlp.activation",), ACTIVATIONS),
         "rms_norm_eps": Field(1e-5, ("norm.eps",)),
         "attention_bias": Field(False, ("attention.qkv_bias", "attention.out_bias")),

@@ -3,7 +3,7 @@
 from eqx_gpt.config import GPTConfig
 from weights.family import ACTIVATIONS, HEAD, Family, Field
 from weights.groups import rope
-from weights.layout import llama_like
+from weights.layout import llama_like, llama_sizes
 from weights.rules import KeyMap
 
 
@@ -27,13 +27,15 @@ PHI = Family(
         "head_bias": True,
     },
     fields={
-        "vocab_size": Field(51200, ("vocab_size",)),
-        "max_position_embeddings": Field(2048, ("block_size",)),
-        "hidden_size": Field(2048, ("n_embd",)),
-        "intermediate_size": Field(8192, ("mlp.n_inner",)),
-        "num_hidden_layers": Field(24, ("n_layer",)),
-        "num_attention_heads": Field(32, ("n_head",)),
-        "num_key_value_heads": Field(None, ("attention.n_kv_head",)),
+        **llama_sizes(
+            vocab_size=51200,
+            max_position_embeddings=2048,
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=24,
+            num_attention_heads=32,
+            num_key_value_heads=None,
+        ),
         "hidden_act": Field("gelu_new", ("mlp.activation",), ACTIVATIONS),
         "layer_norm_eps": Field(1e-5, ("norm.eps",)),
         "qk_layernorm": Field(False, ("attention.qk_norm",), {False: "none", True: "head"}),

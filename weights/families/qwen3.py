@@ -2,27 +2,26 @@
 
 from weights.family import ACTIVATIONS, HEAD, Family, Field
 from weights.groups import late_windows, rope
-from weights.layout import PRE_NORM, llama_like
+from weights.layout import LLAMA_BLOCK, PRE_NORM, llama_like, llama_sizes
 
 QWEN3 = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
     base={
-        "norm.kind": "rmsnorm",
-        "norm.bias": False,
-        "position.kind": "rope",
-        "mlp.kind": "gated",
+        **LLAMA_BLOCK,
         "mlp.bias": False,
         "attention.qk_norm": "head",
     },
     fields={
-        "vocab_size": Field(151936, ("vocab_size",)),
-        "max_position_embeddings": Field(32768, ("block_size",)),
-        "hidden_size": Field(4096, ("n_embd",)),
-        "intermediate_size": Field(22016, ("mlp.n_inner",)),
-        "num_hidden_layers": Field(32, ("n_layer",)),
-        "num_attention_heads": Field(32, ("n_head",)),
-        "num_key_value_heads": Field(32, ("attention.n_kv_head",)),
+        **llama_sizes(
+            vocab_size=151936,
+            max_position_embeddings=32768,
+            hidden_size=4096,
+            intermediate_size=22016,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=32,
+        ),
         "head_dim": Field(128, ("attention.head_dim",)),
         "hidden_act": Field("silu", ("mlp.activation",), ACTIVATIONS),
         "rms_norm_eps": Field(1e-6, ("norm.eps",)),

@@ -3,25 +3,22 @@
 
 from weights.family import ACTIVATIONS, HEAD, Family, Field
 from weights.groups import rope, some_ropes
-from weights.layout import PRE_NORM, llama_like
+from weights.layout import LLAMA_BLOCK, PRE_NORM, llama_like, llama_sizes
 
 SMOLLM3 = Family(
     model_type="smollm3",
     architecture="SmolLM3ForCausalLM",
-    base={
-        "norm.kind": "rmsnorm",
-        "norm.bias": False,
-        "position.kind": "rope",
-        "mlp.kind": "gated",
-    },
+    base=LLAMA_BLOCK,
     fields={
-        "vocab_size": Field(128256, ("vocab_size",)),
-        "max_position_embeddings": Field(32768, ("block_size",)),
-        "hidden_size": Field(2048, ("n_embd",)),
-        "intermediate_size": Field(11008, ("mlp.n_inner",)),
-        "num_hidden_layers": Field(36, ("n_layer",)),
-        "num_attention_heads": Field(16, ("n_head",)),
-        "num_key_value_heads": Field(4, ("attention.n_kv_head",)),
+        **llama_sizes(
+            vocab_size=128256,
+            max_position_embeddings=32768,
+            hidden_size=2048,
+            intermediate_size=11008,
+            num_hidden_layers=36,
+            num_attention_heads=16,
+            num_key_value_heads=4,
+        ),
         "head_dim": Field(None, ("attention.head_dim",)),
         "hidden_act": Field("silu", ("mlp.activation",), ACTIVATIONS),
         "rms_norm_eps": Field(1e-6, ("norm.eps",)),

@@ -3,7 +3,7 @@ a sliding window, otherwise like GPT-2."""
 
 from weights.family import ACTIVATIONS, HEAD, Family, Field
 from weights.groups import rope, window
-from weights.layout import PRE_NORM, llama_like
+from weights.layout import PRE_NORM, llama_like, llama_sizes
 
 STARCODER2 = Family(
     model_type="starcoder2",
@@ -12,13 +12,15 @@ STARCODER2 = Family(
         "position.kind": "rope",
     },
     fields={
-        "vocab_size": Field(49152, ("vocab_size",)),
-        "max_position_embeddings": Field(4096, ("block_size",)),
-        "hidden_size": Field(3072, ("n_embd",)),
-        "intermediate_size": Field(12288, ("mlp.n_inner",)),
-        "num_hidden_layers": Field(30, ("n_layer",)),
-        "num_attention_heads": Field(24, ("n_head",)),
-        "num_key_value_heads": Field(2, ("attention.n_kv_head",)),
+        **llama_sizes(
+            vocab_size=49152,
+            max_position_embeddings=4096,
+            hidden_size=3072,
+            intermediate_size=12288,
+            num_hidden_layers=30,
+            num_attention_heads=24,
+            num_key_value_heads=2,
+        ),
         "hidden_act": Field("gelu_pytorch_tanh", ("mlp.activation",), ACTIVATIONS),
         "norm_epsilon": Field(1e-5, ("norm.eps",)),
         "use_bias": Field(True, ("attention.qkv_bias", "attention.out_bias", "mlp.bias")),
