@@ -1,5 +1,6 @@
 """The key-value cache of decoding, as a PyTree."""
 
+import math
 from collections.abc import Sequence
 
 import equinox as eqx
@@ -13,41 +14,66 @@ from eqx_gpt.config import GPTConfig
 
 
 class KVCache(eqx.Module):
-    """Keys and values of every layer for the first `length` positions of each sequence."""
+    """Keys and values of every layer for the first `length` positions of each sequence.
 
-    k: Float[Array, "layer *batch cache kv_head head_dim"]
-    v: Float[Array, "layer *batch cache kv_head head_dim"]
+    Every layer has arrays of its own; they lie as the products of attention read them, with all
+    sequences' heads on one axis, so that a new token is written in place: a reshape in between
+    would make XLA copy the cache for every token. `start` says where each sequence begins, None
+    for at 0; what stands before is padding. `empty` is known while tracing, so that a prompt,
+    which has only itself to attend to, takes the path of whole sequences.
+    """
+
+    k: tuple[Float[Array, "batch_kv_head cache head_dim"], ...]
+    v: tuple[Float[Array, "batch_kv_head cache head_dim"], ...]
     length: Int[Array, ""]
+    start: Int[Array, "*batch"] | None
+    empty: bool = eqx.field(static=True)
 
     @staticmethod
-    def init(config: GPTConfig, batch: Sequence[int], capacity: int, dtype: DTypeLike) -> "KVCache":
-        """An empty cache with room for `capacity` positions."""
-        shape = (config.n_layer, *batch, capacity, config.n_kv_head, config.head_dim)
-        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
+    def init(
+        config: GPTConfig,
+        batch: Sequence[int],
+        capacity: int,
+        dtype: DTypeLike | None = None,
+        start: Int[Array, "*batch"] | None = None,
+    ) -> "KVCache":
+        """An empty cache with room for `capacity` positions.
+
+        `dtype` None is bfloat16, but float32 on a CPU: there every product with the cache would
+        widen all of it again.
+        """
+        if dtype is None:
+            dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        shape = (math.prod(batch) * config.n_kv_head, capacity, config.head_dim)
+        k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layer)) for _ in "kv")
+        return KVCache(k, v, jnp.zeros((), jnp.int32), start, True)
+
+    def positions(self, seq: int) -> Int[Array, "*batch seq"]:
+        """Of the next `seq` tokens in their sequences; of padding, 0."""
+        positions = self.length + jnp.arange(seq)
+        if self.start is None:
+            return positions
+        shape = (*self.start.shape, seq)
+        start = jnp.broadcast_to(self.start[..., None], shape)
+        return jnp.maximum(jnp.broadcast_to(positions, shape) - start, 0)
 
     def append(
         self,
-        layer: int | Int[Array, ""],
+        layer: int,
         k: Float[Array, "*batch seq kv_head head_dim"],
         v: Float[Array, "*batch seq kv_head head_dim"],
-    ) -> tuple[
-        "KVCache",
-        Float[Array, "*batch cache kv_head head_dim"],
-        Float[Array, "*batch cache kv_head head_dim"],
-    ]:
-        """Write the new positions of one layer; also give all keys and values of that layer.
+    ) -> "KVCache":
+        """With the new positions of one layer. `length` moves after the last one (`advance`)."""
 
-        `length` stays: it moves once, after the last layer (`advance`).
-        """
-        start = [layer, *[0] * (k.ndim - 3), self.length, 0, 0]
-        all_k = lax.dynamic_update_slice(self.k, k[None], start)
-        all_v = lax.dynamic_update_slice(self.v, v[None], start)
-        cache = KVCache(all_k, all_v, self.length)
-        return cache, _at(all_k, layer), _at(all_v, layer)
+        def written(old: Array, new: Array) -> Array:
+            new = jnp.swapaxes(new, -3, -2).astype(old.dtype)
+            start = (0, self.length, 0)
+            return lax.dynamic_update_slice(old, new.reshape(len(old), -1, old.shape[-1]), start)
 
-    def advance(self, seq: int) -> "KVCache":
-        return KVCache(self.k, self.v, self.length + seq)
+        all_k = (*self.k[:layer], written(self.k[layer], k), *self.k[layer + 1 :])
+        all_v = (*self.v[:layer], written(self.v[layer], v), *self.v[layer + 1 :])
+        return KVCache(all_k, all_v, self.length, self.start, self.empty)
 
-
-def _at(x: jax.Array, index: int | jax.Array) -> jax.Array:
-    return lax.dynamic_index_in_dim(x, index, keepdims=False)
+    def advance(self, seq: int | Int[Array, ""]) -> "KVCache":
+        """`seq` positions longer; fewer than were written drops the last ones."""
+        return KVCache(self.k, self.v, self.length + seq, self.start, False)

@@ -4,7 +4,6 @@ import math
 import operator
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -21,6 +20,7 @@ from eqx_gpt.layers.linear import Embedding, Linear
 from eqx_gpt.layers.norm import Norm
 from eqx_gpt.ops.cross_entropy import head_logits
 from eqx_gpt.ops.dropout import dropout
+from eqx_gpt.ops.int8 import Int8
 from eqx_gpt.shapes import Hidden, Logits, PRNGKey, Tokens, TokensLike
 from eqx_gpt.tree import named_arrays, with_arrays
 
@@ -29,13 +29,14 @@ class GPT(eqx.Module):
     """A decoder-only transformer; the default config is GPT-2 (Radford et al. 2019).
 
     A model is a PyTree of its weights and computes in their dtype, with float32 statistics,
-    softmax and logits. Every leaf of `blocks` has a leading layer axis. `head` None is the tied
-    head: the token embedding itself, which is why it is not stored twice.
+    softmax and logits. Every leaf of `blocks` has a leading layer axis, or, laid out for decoding
+    (`eqx_gpt.for_inference`), `blocks` is one block a layer. `head` None is the tied head: the
+    token embedding itself, which is why it is not stored twice.
     """
 
     wte: Embedding
     wpe: Embedding | None
-    blocks: Block
+    blocks: Block | tuple[Block, ...]
     norm: Norm
     head: Linear | None
     config: GPTConfig = eqx.field(static=True)
@@ -97,10 +98,15 @@ class GPT(eqx.Module):
         if self.config.embedding_scale == "sqrt_n_embd":
             x = x * jnp.asarray(math.sqrt(self.config.n_embd), x.dtype)
         if self.wpe is not None:
-            offset = self.config.position.offset + (0 if cache is None else cache.length)
-            positions = self.wpe(offset + jnp.arange(tokens.shape[-1]))
-            x = x + jnp.broadcast_to(positions, x.shape)
+            seq = tokens.shape[-1]
+            positions = jnp.arange(seq) if cache is None else cache.positions(seq)
+            positions = self.wpe(self.config.position.offset + positions)
+            # Summed in float32, and so is the gradient of the positions over the batch.
+            positions = jnp.broadcast_to(positions.astype(jnp.float32), x.shape)
+            x = (x.astype(jnp.float32) + positions).astype(x.dtype)
         x = dropout(x, self.config.dropout, key_embed)
+        if cache is None and isinstance(self.blocks, Block):
+            return self.norm(self._scan_blocks(self.blocks, x, key_blocks)), None
         x, cache = self._run_blocks(x, cache, key_blocks)
         return self.norm(x), None if cache is None else cache.advance(tokens.shape[-1])
 
@@ -108,7 +114,7 @@ class GPT(eqx.Module):
         return head_logits(hidden, self.head_weight, self.head_bias, self.config.logit_softcap)
 
     @property
-    def head_weight(self) -> Array:
+    def head_weight(self) -> Array | Int8:
         """The weight of the head, `(vocab, d_model)`, tied or not."""
         return self.wte.weight if self.head is None else self.head.weight
 
@@ -125,52 +131,49 @@ class GPT(eqx.Module):
     def _run_blocks(
         self, x: Hidden, cache: KVCache | None, key: PRNGKey | None
     ) -> tuple[Hidden, KVCache | None]:
+        """One after the other. A loop would copy each layer's part of the cache for every token."""
         n_layer, period = self.config.n_layer, len(self.config.layers)
-        arrays, static = eqx.partition(self.blocks, eqx.is_array)
+        keys = [None] * n_layer if key is None else jax.random.split(key, n_layer)
+        for layer in range(n_layer):
+            if isinstance(self.blocks, Block):
+                block = jax.tree.map(operator.itemgetter(layer), self.blocks)
+            else:
+                block = self.blocks[layer]
+            x, cache = block(x, kind=layer % period, cache=cache, layer=layer, key=keys[layer])
+        return x, cache
+
+    def _scan_blocks(self, blocks: Block, x: Hidden, key: PRNGKey | None) -> Hidden:
+        n_layer, period = self.config.n_layer, len(self.config.layers)
+        arrays, static = eqx.partition(blocks, eqx.is_array)
         keys = None if key is None else jax.random.split(key, n_layer)
 
-        def run_block(kind: int, x: Hidden, cache: KVCache | None, of_layer: tuple) -> tuple:
-            block_arrays, layer, block_key = of_layer
+        def run_block(kind: int, x: Hidden, of_layer: tuple) -> Hidden:
+            block_arrays, block_key = of_layer
             block = eqx.combine(block_arrays, static)
-            return block(x, kind=kind, cache=cache, layer=layer, key=block_key)
+            return block(x, kind=kind, key=block_key)[0]
 
-        def run_period(carry: tuple, of_layers: tuple, kinds: range) -> tuple:
+        def run_period(x: Hidden, of_layers: tuple, kinds: range) -> Hidden:
             for kind in kinds:
-                run: Callable[..., tuple] = partial(run_block, kind)
+                run: Callable[..., Hidden] = partial(run_block, kind)
                 if self.config.remat == "block":
                     run = jax.checkpoint(run, prevent_cse=False)
-                x, cache = carry
-                carry = run(x, cache, jax.tree.map(operator.itemgetter(kind), of_layers))
-            return carry
+                x = run(x, jax.tree.map(operator.itemgetter(kind), of_layers))
+            return x
 
         # The kinds are static within a period, so the scan runs over periods.
-        per_layer = (arrays, jnp.arange(n_layer), keys)
         n_left = n_layer % period
         n_whole = n_layer - n_left
-
-        # Decoding takes a period at a time out of a stack that has more layers than whole periods:
-        # a slice of it would be copied for every token. (Gradients want the slice: they would add
-        # to the whole stack in every period.)
-        cut = n_left > 0 and cache is not None
-
-        def step(carry: tuple, of_period: Any) -> tuple[tuple, None]:
-            if cut:
-                start = of_period * period
-                of_period = jax.tree.map(
-                    lambda x: lax.dynamic_slice_in_dim(x, start, period), per_layer
-                )
-            return run_period(carry, of_period, range(period)), None
-
-        if cut:
-            whole = jnp.arange(n_whole // period)
-        else:
-            whole = jax.tree.map(lambda x: x[:n_whole].reshape(-1, period, *x.shape[1:]), per_layer)
-        unroll = max(1, min(self.config.unroll, n_layer) // period)
-        carry, _ = lax.scan(step, (x, cache), whole, unroll=unroll)
-        if n_left == 0:
-            return carry
+        per_layer = (arrays, keys)
+        whole = jax.tree.map(lambda x: x[:n_whole].reshape(-1, period, *x.shape[1:]), per_layer)
         left = jax.tree.map(lambda x: x[n_whole:], per_layer)
-        return run_period(carry, left, range(n_left))
+        unroll = max(1, min(self.config.unroll, n_layer) // period)
+        x, _ = lax.scan(
+            lambda x, of_period: (run_period(x, of_period, range(period)), None),
+            x,
+            whole,
+            unroll=unroll,
+        )
+        return run_period(x, left, range(n_left))
 
 
 def check_tokens(tokens: TokensLike, config: GPTConfig, *, any_length: bool = False) -> Tokens:

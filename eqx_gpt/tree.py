@@ -10,13 +10,15 @@ from jaxtyping import PyTree
 
 from eqx_gpt.layers.linear import Embedding, Linear
 from eqx_gpt.layers.norm import Norm
+from eqx_gpt.ops.int8 import Int8
 
 Role = Literal["weight", "bias", "norm", "embedding"]
 
 
 def count_params(model: PyTree) -> int:
-    """Trainable numbers in a model; a tied head counts once."""
-    return sum(leaf.size for leaf in jax.tree.leaves(model) if _is_float(leaf))
+    """Trainable numbers in a model; a tied head counts once, a quantised weight in full."""
+    leaves = jax.tree.leaves(model, is_leaf=_is_weight)
+    return sum(leaf.size for leaf in leaves if isinstance(leaf, Int8) or _is_float(leaf))
 
 
 def named_arrays(tree: PyTree) -> dict[str, Any]:
@@ -48,7 +50,7 @@ def with_arrays(tree: PyTree, arrays: Mapping[str, Any]) -> PyTree:
 
 
 def roles(model: PyTree) -> PyTree:
-    """The role of every leaf, as a tree of the model's structure.
+    """The role of every leaf, as a tree of the model's structure; a quantised weight is one leaf.
 
     What treats leaves differently (decay, casts, sharding) asks for the role and never for
     `ndim`: in the stacked blocks biases and norms have two dimensions.
@@ -56,9 +58,11 @@ def roles(model: PyTree) -> PyTree:
 
     def of_module(module: Any) -> PyTree:
         if isinstance(module, Linear):
-            return jax.tree.map(lambda x: "weight" if x is module.weight else "bias", module)
+            return jax.tree.map(
+                lambda x: "weight" if x is module.weight else "bias", module, is_leaf=_is_weight
+            )
         role = "norm" if isinstance(module, Norm) else "embedding"
-        return jax.tree.map(lambda _: role, module)
+        return jax.tree.map(lambda _: role, module, is_leaf=_is_weight)
 
     return jax.tree.map(
         of_module, model, is_leaf=lambda x: isinstance(x, Linear | Embedding | Norm)
@@ -76,6 +80,10 @@ def cast(model: PyTree, dtype: Any) -> PyTree:
     nothing.
     """
     return map_with_roles(lambda role, x: x if role == "norm" else x.astype(dtype), model)
+
+
+def _is_weight(leaf: Any) -> bool:
+    return isinstance(leaf, Int8)
 
 
 def _name(path: tuple[Any, ...]) -> str:

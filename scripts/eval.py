@@ -10,6 +10,10 @@ from typing import Literal
 # `scripts/` comes first otherwise, and `scripts/train.py` would hide the package `train`.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from scripts.environment import prepare_process  # noqa: E402
+
+prepare_process(__name__)  # may start this anew, so it comes before the slow imports
+
 from scripts.common import model_source, parse, run_command  # noqa: E402
 from train.config import TrainConfig  # noqa: E402
 from train.manifest import Manifest, check_same_tokenizer  # noqa: E402
@@ -47,9 +51,7 @@ def main() -> int:
     preset = None if options.preset is None else get_preset(options.preset)
     init_from = options.init_from or ("resume" if preset is None else preset.init_from)
     source = model_source(init_from, options.out_dir)
-    defaults = preset
-    if defaults is None:
-        defaults = run_config(options.out_dir) if init_from == "resume" else TrainConfig()
+    defaults = preset or (run_config(options.out_dir) if init_from == "resume" else TrainConfig())
     dataset = options.dataset or defaults.dataset
     data = Manifest.read(Path(options.data_dir or defaults.data_dir) / dataset)
 
@@ -59,10 +61,7 @@ def main() -> int:
 
     model, tokenizer = source()
     check_same_tokenizer(data, tokenizer)
-    longest = model.config.block_size
-    block_size = longest if options.block_size is None else options.block_size
-    if not 1 <= block_size <= longest:
-        raise ValueError(f"block_size={block_size} is outside 1 to the model's {longest}")
+    block_size = model.config.block_size if options.block_size is None else options.block_size
     tokens = data.tokens(options.split)
     with reporting(f"evaluating {dataset}/{options.split}", len(tokens) - 1, "tokens") as update:
         loss, count = split_loss(

@@ -11,6 +11,10 @@ from typing import Annotated
 # `scripts/` comes first otherwise, and this file would hide the package `train`.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from scripts.environment import describe_process, prepare_process  # noqa: E402
+
+prepare_process(__name__)  # may start this anew, so it comes before the slow imports
+
 import tyro  # noqa: E402
 
 from scripts.common import parse, run_command  # noqa: E402
@@ -18,8 +22,6 @@ from train.config import TrainConfig  # noqa: E402
 from train.manifest import Manifest, check_same_tokenizer  # noqa: E402
 from train.presets import PRESETS  # noqa: E402
 from train.resolve import Wishes, base_config, open_data  # noqa: E402
-
-EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
 
 
 @dataclass(frozen=True)
@@ -50,17 +52,17 @@ def main() -> int:
 
     # jax is imported from here on: a mistyped flag need not wait for it.
     from train.loop import train
-    from weights import from_pretrained
-    from weights.tokenizer import find_tokenizer
 
     pretrained = None
     if config.init_from != "scratch":
-        tokenizer = find_tokenizer(config.init_from)
-        if tokenizer is not None:
+        from weights import from_pretrained
+        from weights.tokenizer import find_tokenizer
+
+        if (tokenizer := find_tokenizer(config.init_from)) is not None:
             check_same_tokenizer(data, tokenizer)
         pretrained = partial(from_pretrained, config.init_from)
-    outcome = train(config, data, pretrained=pretrained, resume=resume)
-    return EXIT_CODES.get(outcome.interrupted_by or "", 0)
+    outcome = train(config, data, pretrained=pretrained, resume=resume, process=describe_process())
+    return {"SIGINT": 130, "SIGTERM": 143}.get(outcome.interrupted_by or "", 0)
 
 
 def first_look(argv: list[str]) -> Wishes:

@@ -37,8 +37,8 @@ def wait_for_step(process, step):
 
 def test_what_a_person_sees(straight, place):
     lines = (place / "stderr.txt").read_text().splitlines()
-    header = [line.split()[0] for line in lines[:5]]
-    assert header == ["model", "data", "device", "batch", "run"]
+    header = [line.split()[0] for line in lines[:6]]
+    assert header == ["model", "data", "device", "batch", "run", "process"]
     assert sum(line.startswith("iter ") and " loss " in line for line in lines) == 30
     assert sum(line.startswith("eval ") for line in lines) == 3
     assert "\x1b" not in "".join(lines)

@@ -105,7 +105,7 @@ def test_bfloat16_is_near_float32(model: GPT) -> None:
     low = cast(model, jnp.bfloat16)
     found, cache = extend(low, tokens, KVCache.init(model.config, (2,), SEQ, jnp.bfloat16))
     assert found.dtype == jnp.float32
-    assert cache.k.dtype == cache.v.dtype == jnp.bfloat16
+    assert {x.dtype for x in (*cache.k, *cache.v)} == {jnp.dtype(jnp.bfloat16)}
     assert norm_of_difference(found, logits(model, tokens)) < 8 * 2.0**-8
 
 

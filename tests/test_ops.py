@@ -16,14 +16,17 @@ from eqx_gpt.config import (
     YarnScaling,
 )
 from eqx_gpt.layers.linear import Embedding, Linear
-from eqx_gpt.layers.mlp import ACTIVATIONS
 from eqx_gpt.layers.norm import Norm
 from eqx_gpt.layers.rope import rotate
+from eqx_gpt.ops import blocked_attention as blocked_attention_module
 from eqx_gpt.ops import cross_entropy as cross_entropy_module
 from eqx_gpt.ops.attention import causal_attention
+from eqx_gpt.ops.cached_attention import cached_attention
 from eqx_gpt.ops.cross_entropy import cross_entropy
 from eqx_gpt.ops.dropout import dropout
+from eqx_gpt.ops.exp import exp_of_negative
 from eqx_gpt.ops.matmul import linear
+from eqx_gpt.ops.pointwise import activate, activate_gated
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -60,38 +63,79 @@ def attention_inputs(
     )
 
 
+def attend_to_cache(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, offset: int, **options: float
+) -> jax.Array:
+    k, v = (jnp.swapaxes(x, -2, -3).reshape(-1, x.shape[-3], WIDTH) for x in (k, v))
+    return cached_attention(q, k, v, offset=jnp.asarray(offset, jnp.int32), **options)
+
+
+@pytest.mark.parametrize(("batch", "head", "kv_head"), [((), 3, 3), ((2,), 6, 2), ((2, 3), 3, 1)])
+@pytest.mark.parametrize("block", [256, 2], ids=["one block", "blocks of 2"])
+def test_attention_and_its_gradients(
+    batch: tuple[int, ...], head: int, kv_head: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocked_attention_module, "_block_size", lambda seq: block)
+    monkeypatch.setattr(blocked_attention_module, "_SCORES", 1)  # one key-value head at a time
+    q, k, v = attention_inputs(batch, head, kv_head, SEQ)
+    g = normal(3, *q.shape)
+
+    @jax.jit
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array) -> tuple:
+        out, pull = jax.vjp(causal_attention, q, k, v)
+        return out, *pull(g)
+
+    found = run(q, k, v, g)
+    for index in np.ndindex(*batch):
+        one = [f64(x[index]) for x in (q, k, v)]
+        gradients = reference.attention_gradients(*one, f64(g[index]))
+        for x, expected in zip(found, (reference.attention(*one), *gradients), strict=True):
+            check(x[index], expected, 2e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "options",
+    [{"window": 2}, {"window": 4, "scale": 1.0}, {"scale": 0.7, "softcap": 0.5}],
+    ids=str,
+)
+def test_gradients_of_attention_with_a_window_a_scale_and_a_soft_cap(
+    options: dict, dtype: jnp.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against differences along random directions in float64."""
+    monkeypatch.setattr(blocked_attention_module, "_block_size", lambda seq: 2)
+    inputs = attention_inputs((), 6, 2, SEQ, dtype)
+    g = normal(3, *inputs[0].shape, dtype=dtype)
+    exact = [f64(x) for x in inputs]
+    _, pull = jax.vjp(lambda *x: causal_attention(*x, **options), *inputs)
+    bound = 1e-5 if dtype == jnp.float32 else 2 * BF16
+    for i, gradient in enumerate(pull(g)):
+        direction = np.random.default_rng(4 + i).standard_normal(gradient.shape)
+        ahead, behind = (
+            reference.attention(*exact[:i], exact[i] + h * direction, *exact[i + 1 :], **options)
+            for h in (1e-5, -1e-5)
+        )
+        slope = np.sum(f64(g) * (ahead - behind)) / 2e-5
+        size = np.linalg.norm(f64(gradient)) * np.linalg.norm(direction)
+        assert abs(np.sum(f64(gradient) * direction) - slope) <= bound * size
+
+
 @pytest.mark.parametrize(
     ("batch", "head", "kv_head", "offset", "cache"),
     [
         ((), 3, 3, 0, SEQ),
-        ((2,), 6, 2, 0, SEQ),  # grouped
         ((2, 3), 3, 1, 4, 4 + SEQ),  # multi-query, after four cached positions
         ((2,), 6, 3, 2, 11),  # the cache has room left, which nobody may see
     ],
 )
-def test_attention_and_its_gradients(
+def test_attention_to_a_cache(
     batch: tuple[int, ...], head: int, kv_head: int, offset: int, cache: int
 ) -> None:
     q, k, v = attention_inputs(batch, head, kv_head, cache)
-    g = normal(3, *q.shape)
-
-    @jax.jit
-    def run(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, offset: jax.Array) -> tuple:
-        out, pull = jax.vjp(lambda q, k, v: causal_attention(q, k, v, offset=offset), q, k, v)
-        return out, *pull(g)
-
-    found = run(q, k, v, g, jnp.asarray(offset, jnp.int32))
+    found = attend_to_cache(q, k, v, offset=offset)
     for index in np.ndindex(*batch):
         one = [f64(x[index]) for x in (q, k, v)]
-        gradients = reference.attention_gradients(*one, f64(g[index]), offset)
-        for x, expected in zip(found, (reference.attention(*one, offset), *gradients), strict=True):
-            check(x[index], expected, 2e-6)
-
-
-def test_attention_offset_may_be_a_plain_number() -> None:
-    q, k, v = attention_inputs((), 3, 3, 2 + SEQ)
-    expected = reference.attention(f64(q), f64(k), f64(v), 2)
-    check(jax.jit(lambda q, k, v: causal_attention(q, k, v, offset=2))(q, k, v), expected, 1e-6)
+        check(found[index], reference.attention(*one, offset), 2e-6)
 
 
 @pytest.mark.parametrize("offset", [0, 2])
@@ -102,7 +146,7 @@ def test_attention_offset_may_be_a_plain_number() -> None:
 )
 def test_attention_with_a_window_a_scale_and_a_soft_cap(options: dict, offset: int) -> None:
     q, k, v = attention_inputs((), 6, 2, offset + SEQ)
-    found = causal_attention(q, k, v, offset=offset, **options)
+    found = attend_to_cache(q, k, v, offset=offset, **options)
     check(found, reference.attention(f64(q), f64(k), f64(v), offset, **options), 2e-6)
 
 
@@ -273,9 +317,49 @@ def test_linear_in_bfloat16_accumulates_in_float32() -> None:
     x, weight = normal(0, 3, 1009, dtype=jnp.bfloat16), normal(1, 5, 1009, dtype=jnp.bfloat16)
     product = f64(x) @ f64(weight).T
     assert linear(x, weight).dtype == jnp.bfloat16
-    assert linear(x, weight, jnp.float32).dtype == jnp.float32
+    assert linear(x, weight, dtype=jnp.float32).dtype == jnp.float32
     check(linear(x, weight), product, BF16)
-    check(linear(x, weight, jnp.float32), product, 1e-5)
+    check(linear(x, weight, dtype=jnp.float32), product, 1e-5)
+
+
+def test_gradients_of_linear_in_bfloat16() -> None:
+    """Both ways to the gradient of the weight: a narrow output, and a wide one."""
+    for n_out in (6, 222):
+        x, weight = normal(0, 3, 101, 34), normal(1, n_out, 34)
+        g = normal(2, 3, 101, n_out)
+        x, weight, g = (a.astype(jnp.bfloat16) for a in (x, weight, g))
+        _, pull = jax.vjp(linear, x, weight)
+        dx, d_weight = pull(g)
+        assert dx.dtype == d_weight.dtype == jnp.bfloat16
+        check(dx, f64(g) @ f64(weight), BF16)
+        check(d_weight, np.einsum("bto,bti->oi", f64(g), f64(x)), BF16)
+
+
+def test_fast_exponential() -> None:
+    """Under jit, where a compiler that reorders its sums would show."""
+    x = -np.logspace(-6, np.log10(87), 10_007, dtype=np.float32)
+    exact = np.exp(x.astype(np.float64))
+    fast = f64(jax.jit(lambda x: exp_of_negative(x, jnp.bfloat16))(jnp.asarray(x)))
+    assert np.abs(fast / exact - 1).max() < 1.1e-4
+    assert f64(exp_of_negative(jnp.asarray([-1e30, -200.0]), jnp.bfloat16)).max() < 2e-38
+    check(exp_of_negative(jnp.asarray(x), jnp.float32), exact, 1e-6)
+
+
+def test_embedding_sums_its_gradient_in_float32() -> None:
+    """4001 times the same row: bfloat16 would stop at 256."""
+    for n_row in (11, 2003):  # a product, and a scatter
+        table = normal(0, n_row, 2, dtype=jnp.bfloat16)
+        ids = jnp.full(4001, 3, jnp.int32)
+        grad = jax.grad(lambda table, ids=ids: jnp.sum(Embedding(table)(ids).astype(jnp.float32)))
+        expected = np.zeros((n_row, 2))
+        expected[3] = 4001
+        check(grad(table), expected, BF16)
+
+
+def test_a_gate_multiplies() -> None:
+    gate, x = normal(0, 7), normal(1, 7)
+    expected = reference.ACTIVATIONS["silu"](f64(gate)) * f64(x)
+    check(activate_gated(gate, x, "silu"), expected, 1e-6)
 
 
 def test_embedding_takes_rows() -> None:
@@ -372,9 +456,9 @@ def test_fresh_norm_has_the_configs_fields(config: NormConfig) -> None:
 # Activations
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", reference.ACTIVATIONS)
 def test_activation(name: str) -> None:
     x = np.concatenate([np.linspace(-8, 8, 257), [-80, 80]]).astype(np.float32)
-    found = np.asarray(ACTIVATIONS[name](jnp.asarray(x)), np.float64)
+    found = f64(activate(jnp.asarray(x), name))
     expected = reference.ACTIVATIONS[name](x.astype(np.float64))
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)

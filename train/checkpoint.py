@@ -1,21 +1,24 @@
 """Training state on disk, through Orbax: atomic, asynchronous, the last few kept.
 
+Orbax is imported by what uses it: a new run need not wait for it before its first step.
+
 A run's `checkpoints/<step>/` holds three items: `model` and `optimizer`, flat mappings from the
 dotted names of `eqx_gpt.tree.named_arrays` to arrays, and `progress`, JSON. `best/<step>/` holds
 `model` alone.
 """
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
 from eqx_gpt.gpt import GPT
 from eqx_gpt.tree import named_arrays, with_arrays
+from train.run import has_checkpoint
 from train.step import TrainState
 
 
@@ -23,16 +26,21 @@ class Checkpoints:
     """The checkpoints of one run directory. Close it, or the last one may not be complete."""
 
     def __init__(self, run: Path, keep: int = 2) -> None:
-        run = run.resolve()  # Orbax wants absolute paths
-        self._states = _manager(run / "checkpoints", keep)
-        self._best: ocp.CheckpointManager | None = None
-        self._best_directory = run / "best"
+        self._run, self._keep = run.resolve(), keep  # Orbax wants absolute paths
+        self._best: Any = None
+        self._best_directory = self._run / "best"
+
+    @cached_property
+    def _states(self) -> Any:
+        return _manager(self._run / "checkpoints", self._keep)
 
     def latest_step(self) -> int | None:
-        return self._states.latest_step()
+        return self._states.latest_step() if has_checkpoint(self._run) else None
 
     def save(self, state: TrainState, step: int, progress: dict[str, Any]) -> None:
         """Start writing the state after `step` steps, in place of one saved at that step."""
+        import orbax.checkpoint as ocp
+
         items = ocp.args.Composite(
             model=ocp.args.StandardSave(named_arrays(state.model)),
             optimizer=ocp.args.StandardSave(named_arrays(state.opt_state)),
@@ -42,6 +50,8 @@ class Checkpoints:
 
     def save_best(self, model: GPT, step: int) -> None:
         """Keep this model in place of the best one so far."""
+        import orbax.checkpoint as ocp
+
         if self._best is None:
             self._best = _manager(self._best_directory, keep=1)
         items = ocp.args.Composite(model=ocp.args.StandardSave(named_arrays(model)))
@@ -52,6 +62,8 @@ class Checkpoints:
 
         What the best directory holds of steps to be done again is removed.
         """
+        import orbax.checkpoint as ocp
+
         step = self.latest_step()
         if self._best_directory.exists():
             self._best = _manager(self._best_directory, keep=1)
@@ -73,18 +85,20 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until everything begun is on disk."""
-        for manager in (self._states, self._best):
-            if manager is not None:
-                manager.wait_until_finished()
+        for manager in self._opened():
+            manager.wait_until_finished()
 
     def close(self) -> None:
         self.wait()
-        for manager in (self._states, self._best):
-            if manager is not None:
-                manager.close()
+        for manager in self._opened():
+            manager.close()
+
+    def _opened(self) -> list[Any]:
+        states = vars(self).get("_states")
+        return [manager for manager in (states, self._best) if manager is not None]
 
 
-def _replace(manager: ocp.CheckpointManager, step: int, items: ocp.args.Composite) -> None:
+def _replace(manager: Any, step: int, items: Any) -> None:
     manager.wait_until_finished()
     if step in manager.all_steps():
         manager.delete(step)
@@ -100,6 +114,8 @@ def _placed(skeleton: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
+def _manager(directory: Path, keep: int) -> Any:
+    import orbax.checkpoint as ocp
+
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
     return ocp.CheckpointManager(directory, options=options)

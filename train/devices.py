@@ -1,6 +1,8 @@
 """What a run computes on: the device, the dtype, the size of a micro-batch."""
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import jax
@@ -8,11 +10,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from eqx_gpt.config import GPTConfig
+from eqx_gpt.ops import fused
 from train.config import TrainConfig
 from train.metrics import flops_per_token
 
-# A CPU at 100 GFLOP/s takes 10 s for this: the longest wait for progress or for Ctrl-C.
-_CPU_MICRO_BATCH_FLOPS = 1e12
+# A CPU at 100 GFLOP/s, 300 in bfloat16, takes 10 s for this: the longest wait for progress or for
+# Ctrl-C.
+_CPU_MICRO_BATCH_FLOPS = {"float32": 1e12, "bfloat16": 3e12}
 
 
 @dataclass(frozen=True)
@@ -33,27 +37,54 @@ class Execution:
     def choose(config: TrainConfig, model: GPTConfig, n_params: int, platform: str) -> "Execution":
         """For a model of so many parameters on `platform` ("cpu", "gpu", "tpu")."""
         on_cpu = platform == "cpu"
-        auto = jnp.float32 if on_cpu else jnp.bfloat16
-        dtype = auto if config.precision == "auto" else jnp.dtype(config.precision)
+        auto = jnp.float32 if on_cpu and not cpu_multiplies_bfloat16() else jnp.bfloat16
+        dtype = jnp.dtype(auto if config.precision == "auto" else config.precision)
         micro = config.micro_batch_size
         if micro is None:
             tokens_flops = flops_per_token(
                 n_params, model.n_layer, model.n_embd, config.block_size
             )  # fmt: skip
-            affordable = _CPU_MICRO_BATCH_FLOPS / (tokens_flops * config.block_size)
+            budget = _CPU_MICRO_BATCH_FLOPS.get(dtype.name, 1e12)
+            affordable = budget / (tokens_flops * config.block_size)
             micro = _largest_divisor(config.batch_size, affordable) if on_cpu else config.batch_size
         n_micro = config.global_batch_size // micro
         accumulate = "host" if on_cpu and n_micro > 1 else "device"
         # XLA's CPU backend runs the body of a loop less well than straight code.
-        return Execution(
-            jnp.dtype(dtype), micro, n_micro, accumulate, model.n_layer if on_cpu else 1
-        )
+        return Execution(dtype, micro, n_micro, accumulate, model.n_layer if on_cpu else 1)
+
+
+def cpu_multiplies_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Has this CPU instructions for it? Without them float32 is faster."""
+    try:
+        flags = cpuinfo.read_text(errors="replace")
+    except OSError:  # no Linux
+        return False
+    return re.search(r"\b(avx512_bf16|amx_bf16)\b", flags) is not None
 
 
 def describe_devices() -> str:
     """The device that computes, such as `cpu` or `NVIDIA H100 80GB HBM3 (1 of 8)`."""
     kind, count = jax.devices()[0].device_kind, jax.device_count()
     return kind if count == 1 else f"{kind} (1 of {count})"
+
+
+def describe_arithmetic(execution: Execution, model: GPTConfig, seq: int) -> str:
+    """The dtype of the products, and where there are fused kernels, which attention runs."""
+    products = f"{jnp.dtype(execution.dtype).name} products"
+    platform = fused.platform()
+    if platform is None:
+        return products
+    name = {"cuda": "cuDNN", "tpu": "splash attention"}[platform]
+    why = {
+        fused.refusal(
+            platform, dtype=execution.dtype, head_dim=model.head_dim, seq=seq, window=kind.window,
+            softcap=model.attention.softcap, dropout=model.dropout,
+        )
+        for kind in model.layers
+    } - {None}  # fmt: skip
+    if not why:
+        return f"{products}, attention by {name}"
+    return f"{products}, plain attention because of {name}: {'; '.join(sorted(map(str, why)))}"
 
 
 def _largest_divisor(n: int, limit: float) -> int:

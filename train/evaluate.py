@@ -52,7 +52,12 @@ def split_loss(
 
     The split is cut into consecutive blocks; a token is predicted from those before it in its
     block, so the context is `block_size / 2` on average. The last block is shorter.
+
+    **Raises:** ValueError if the model has no room for such a block.
     """
+    longest = model.config.block_size
+    if not 1 <= block_size <= longest:
+        raise ValueError(f"block_size={block_size} is outside 1 to the model's {longest}")
     total, count = 0.0, 0
     n_predicted = len(tokens) - 1
     for windows in _consecutive(tokens, block_size, micro_batch_size):

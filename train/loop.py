@@ -23,7 +23,7 @@ from eqx_gpt.tree import count_params
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig, model_config
 from train.data import Windows, prefetched
-from train.devices import Execution, describe_devices
+from train.devices import Execution, describe_arithmetic, describe_devices
 from train.display import Display
 from train.evaluate import sampled_loss
 from train.interrupt import Interrupted, Interruption
@@ -41,6 +41,8 @@ from train.step import (
     apply_gradients,
     train_step,
 )
+
+PLOT_EVERY_S = 60.0  # drawing takes a second, and a short run gets its plot at the end
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def train(
     *,
     pretrained: Callable[[], GPT] | None = None,
     resume: bool = False,
+    process: str | None = None,
 ) -> Outcome:
     """Run `config` on `data`, in `config.out_dir`.
 
@@ -76,6 +79,7 @@ def train(
     - `pretrained`: loads the model to start from; None is a new one. Not called to resume, once
       there is a checkpoint.
     - `resume`: go on with the run in `config.out_dir`, exactly where it was.
+    - `process`: what the header says of the process's environment.
 
     **Raises:** ValueError (also as RunError, DatasetError) for what the user can mend. Whatever
     happens, the directory keeps its last whole checkpoint.
@@ -91,7 +95,7 @@ def train(
         config, model_cfg = _model_config(config, data, start)
         write_run(config, model_cfg, data)
     with Display(config.max_iters) as display:
-        trainer = Trainer(config, data, model_cfg, start, display)
+        trainer = Trainer(config, data, model_cfg, start, display, process)
         del start  # its arrays are copied
         if resume and not config.eval_only:
             write_run(config, model_cfg, data)
@@ -114,6 +118,7 @@ class Trainer:
         model_cfg: GPTConfig,
         pretrained: GPT | None,
         display: Display,
+        process: str | None = None,
     ) -> None:
         self.config, self.data, self.display = config, data, display
         self.directory = Path(config.out_dir)
@@ -135,7 +140,7 @@ class Trainer:
         key_model, key_steps = jax.random.split(jax.random.key(config.seed))
         optimizer = make_optimizer(config)
         self.recipe = Recipe(optimizer, self.execution.dtype, key_steps)
-        self.learning_rate = learning_rate(config)
+        self.learning_rate = jax.jit(learning_rate(config))
         self.checkpoints = Checkpoints(self.directory)
         if self.checkpoints.latest_step() is None:
             self.state = _new_state(model_cfg, optimizer, key_model, pretrained)
@@ -159,9 +164,10 @@ class Trainer:
         self.loggers = [self.metrics.write, *extra_loggers(config, n_params)]
         if config.eval_only and self.steps_done:
             self.loggers = []  # a look at a run is no part of it
-        self.saved_at = time.monotonic()
+        self.saved_at = self.plotted_at = time.monotonic()
         self.started_at = self.saved_at - self.progress.elapsed_s
-        self.display.header(self._header(model_cfg, n_params))
+        header = self._header(model_cfg, n_params)
+        self.display.header(header if process is None else {**header, "process": process})
 
     def close(self) -> None:
         self.checkpoints.close()
@@ -290,7 +296,9 @@ class Trainer:
         self._log({"iter": step, "val_loss": losses["val"], "eval_train_loss": losses["train"]})
         if improved and not config.always_save_checkpoint and not config.eval_only:
             self.checkpoints.save_best(self.state.model, step)
-        plot_losses(self.directory)
+        if time.monotonic() - self.plotted_at > PLOT_EVERY_S:
+            plot_losses(self.directory)
+            self.plotted_at = time.monotonic()
 
     def _show_sample(self) -> None:
         prompt = jnp.asarray(self.data.tokens("val")[:1], jnp.int32)
@@ -314,7 +322,7 @@ class Trainer:
         record = {
             "iter": step,
             "train_loss": float(metrics.loss),
-            "lr": float(jnp.asarray(self.learning_rate(step))),
+            "lr": float(self.learning_rate(step)),
             "grad_norm": float(metrics.grad_norm),
             "tokens_per_s": tokens_per_s,
             "mfu": self._mfu(tokens_per_s),
@@ -352,7 +360,8 @@ class Trainer:
             f"vocabulary {model_cfg.vocab_size}; {start}",
             "data": f"{self.data.name}: {splits['train'].tokens:,} training tokens, "
             f"{splits['val'].tokens:,} for validation",
-            "device": f"{describe_devices()}, {jnp.dtype(execution.dtype).name}, {peak}",
+            "device": f"{describe_devices()}, "
+            f"{describe_arithmetic(execution, model_cfg, config.block_size)}, {peak}",
             "batch": f"{config.global_batch_size} x {config.block_size} = {n_tokens:,} tokens a "
             f"step, in {execution.n_micro} micro-batches of {execution.micro_batch_size}, "
             f"accumulated on the {execution.accumulate}",

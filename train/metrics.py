@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from train.config import TrainConfig
@@ -67,7 +68,7 @@ def peak_flops(dtype: DTypeLike) -> float | None:
 def _measured_matmul_flops(dtype: DTypeLike) -> float:
     """The best of a few products of 1024 x 1024 matrices."""
     n = 1024
-    a = jnp.ones((n, n), dtype)
+    a = jax.device_put(np.ones((n, n), dtype))
     product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
     product(a).block_until_ready()
     times = []

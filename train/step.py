@@ -93,7 +93,10 @@ def train_step(inputs: tuple[Recipe, Array], state: TrainState) -> tuple[TrainSt
     def add(gradients: Gradients, micro: Int[Array, "micro seq_plus_1"]) -> tuple[Gradients, None]:
         return _add(recipe, micro, state, gradients), None
 
-    gradients, _ = lax.scan(add, Gradients.zero(state.model), windows)
+    if windows.shape[0] == 1:
+        gradients = _gradients(recipe, windows[0], state, jnp.zeros((), jnp.int32))
+    else:
+        gradients, _ = lax.scan(add, Gradients.zero(state.model), windows)
     return _apply(recipe, gradients, state)
 
 
@@ -120,17 +123,18 @@ def eval_step(model: GPT, windows: Int[Array, "micro seq_plus_1"], dtype: DTypeL
 
 
 def _add(recipe: Recipe, windows: Array, state: TrainState, gradients: Gradients) -> Gradients:
+    return jax.tree.map(jnp.add, gradients, _gradients(recipe, windows, state, gradients.count))
+
+
+def _gradients(recipe: Recipe, windows: Array, state: TrainState, index: Array) -> Gradients:
+    """Of one micro-batch, the step's `index`-th."""
     key = None
     if state.model.config.dropout > 0:
         # A function of (seed, step, micro-batch): nothing random has to be saved.
-        key = jax.random.fold_in(jax.random.fold_in(recipe.key, state.step), gradients.count)
+        key = jax.random.fold_in(jax.random.fold_in(recipe.key, state.step), index)
     loss_fn = eqx.filter_value_and_grad(next_token_loss)
     loss, grads = loss_fn(state.model, windows, dtype=recipe.dtype, key=key)
-    return Gradients(
-        gradients.loss + loss,
-        jax.tree.map(jnp.add, gradients.model, grads),
-        gradients.count + 1,
-    )
+    return Gradients(loss, grads, jnp.ones((), jnp.int32))
 
 
 def _apply(

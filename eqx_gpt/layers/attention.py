@@ -11,6 +11,7 @@ from eqx_gpt.layers.linear import Linear
 from eqx_gpt.layers.norm import Norm
 from eqx_gpt.layers.rope import rotate
 from eqx_gpt.ops.attention import causal_attention
+from eqx_gpt.ops.cached_attention import cached_attention
 from eqx_gpt.shapes import Hidden, PRNGKey
 
 
@@ -52,34 +53,45 @@ class Attention(eqx.Module):
         *,
         kind: int = 0,
         cache: KVCache | None = None,
-        layer: int | jax.Array = 0,
+        layer: int = 0,
         key: PRNGKey | None = None,
     ) -> tuple[Hidden, KVCache | None]:
         """Attend within `x`, or from `x` to all that `layer` of the cache holds and to `x`.
 
         `kind` is the layer's index in `config.layers`.
         """
-        config = self.config
+        config, parts = self.config, self.config.attention
         *batch, seq, _ = x.shape
         q, k, v = self._project(x)
-        offset = 0 if cache is None else cache.length
         position = config.layer_position(kind)
         if position.kind == "rope":
-            positions = offset + jnp.arange(seq)
+            positions = jnp.arange(seq) if cache is None else cache.positions(seq)
             q, k = rotate(q, positions, position), rotate(k, positions, position)
+        window, scale, softcap = config.layers[kind].window, parts.scale, parts.softcap
         if cache is not None:
-            cache, k, v = cache.append(layer, k, v)
-        mixed = causal_attention(
-            q,
-            k,
-            v,
-            offset=offset,
-            window=config.layers[kind].window,
-            scale=config.attention.scale,
-            softcap=config.attention.softcap,
-            dropout_rate=config.dropout,
-            key=key,
-        )
+            cache = cache.append(layer, k, v)
+        if cache is None or (cache.empty and cache.start is None):
+            mixed = causal_attention(
+                q,
+                k,
+                v,
+                window=window,
+                scale=scale,
+                softcap=softcap,
+                dropout_rate=config.dropout,
+                key=key,
+            )
+        else:
+            mixed = cached_attention(
+                q,
+                cache.k[layer],
+                cache.v[layer],
+                offset=cache.length,
+                start=cache.start,
+                window=window,
+                scale=scale,
+                softcap=softcap,
+            )
         return self.out(mixed.reshape(*batch, seq, -1)), cache
 
     def _project(

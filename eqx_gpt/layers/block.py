@@ -59,7 +59,7 @@ class Block(eqx.Module):
         *,
         kind: int = 0,
         cache: KVCache | None = None,
-        layer: int | jax.Array = 0,
+        layer: int = 0,
         key: PRNGKey | None = None,
     ) -> tuple[Hidden, KVCache | None]:
         """The stream after this block. `kind` is the layer's index in `config.layers`."""

@@ -1,23 +1,13 @@
 """The feed-forward half of a block, plain or gated."""
 
-from collections.abc import Callable
-from functools import partial
-from typing import Literal
-
 import equinox as eqx
 import jax
 from jaxtyping import Array, Float
 
 from eqx_gpt.config import GPTConfig
 from eqx_gpt.layers.linear import Linear
+from eqx_gpt.ops.pointwise import Activation, activate, activate_gated
 from eqx_gpt.shapes import Hidden, PRNGKey
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-}
 
 
 class MLP(eqx.Module):
@@ -26,7 +16,7 @@ class MLP(eqx.Module):
     up: Linear
     gate: Linear | None
     down: Linear
-    activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = eqx.field(static=True)
+    activation: Activation = eqx.field(static=True)
 
     @staticmethod
     def init(config: GPTConfig, *, std: float, out_std: float, key: PRNGKey) -> "MLP":
@@ -44,7 +34,6 @@ class MLP(eqx.Module):
         return self.down(self._inner(x))
 
     def _inner(self, x: Hidden) -> Float[Array, "*batch seq d_ff"]:
-        act = ACTIVATIONS[self.activation]
         if self.gate is None:
-            return act(self.up(x))
-        return act(self.gate(x)) * self.up(x)
+            return activate(self.up(x), self.activation)
+        return activate_gated(self.gate(x), self.up(x), self.activation)

@@ -2,10 +2,10 @@
 
 import equinox as eqx
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from eqx_gpt.config import NormConfig
+from eqx_gpt.ops.pointwise import normalize
 
 
 class Norm(eqx.Module):
@@ -28,14 +28,7 @@ class Norm(eqx.Module):
         return Norm(weight, jnp.zeros(width, jnp.float32) if config.bias else None, config)
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        y = x.astype(jnp.float32)
-        if self.config.kind == "layernorm":
-            y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.config.eps)
-        if self.weight is not None:
-            scale = self.weight.astype(jnp.float32)
-            scale = 1 + scale if self.config.scale == "one_plus_weight" else scale
-            y = y * jnp.broadcast_to(scale, y.shape)
-        if self.bias is not None:
-            y = y + jnp.broadcast_to(self.bias.astype(jnp.float32), y.shape)
-        return y.astype(x.dtype)
+        config, scale = self.config, self.weight
+        if scale is not None and config.scale == "one_plus_weight":
+            scale = 1 + scale.astype(jnp.float32)
+        return normalize(x, scale, self.bias, config.kind, config.eps)

@@ -11,7 +11,7 @@ from eqx_gpt.config import LinearScaling, Llama3Scaling, PositionConfig, YarnSca
 
 def rotate(
     x: Float[Array, "*batch seq head head_dim"],
-    positions: Int[Array, " seq"],
+    positions: Int[Array, "*#batch seq"],
     config: PositionConfig,
 ) -> Float[Array, "*batch seq head head_dim"]:
     """Rotate each pair of the first `rope_dim` dimensions by position * its frequency.
@@ -21,7 +21,10 @@ def rotate(
     head_dim = x.shape[-1]
     rope_dim = head_dim if config.rope_dim is None else config.rope_dim
     frequencies, magnitude = rope_frequencies(config, rope_dim)
-    angle = positions.astype(jnp.float32)[:, None, None] * jnp.asarray(frequencies)[None, None, :]
+    angle = positions.astype(jnp.float32)[..., None, None]
+    angle = angle * jnp.broadcast_to(
+        jnp.asarray(frequencies), (*angle.shape[:-1], len(frequencies))
+    )
     turned, kept = x[..., :rope_dim].astype(jnp.float32), x[..., rope_dim:]
     if config.rope_pairs == "halves":
         a, b = jnp.split(turned, 2, axis=-1)

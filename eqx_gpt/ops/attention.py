@@ -1,21 +1,23 @@
-"""Causal attention, for whole sequences and for queries that continue a cache."""
+"""Causal attention over whole sequences, by the best path that the platform has."""
 
 import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from eqx_gpt.ops import fused
+from eqx_gpt.ops.blocked_attention import blocked_attention
 from eqx_gpt.ops.dropout import dropout
+from eqx_gpt.ops.platform import by_platform
 from eqx_gpt.shapes import PRNGKey
 
 
 def causal_attention(
     q: Float[Array, "*batch seq head head_dim"],
-    k: Float[Array, "*batch cache kv_head head_dim"],
-    v: Float[Array, "*batch cache kv_head head_dim"],
+    k: Float[Array, "*batch seq kv_head head_dim"],
+    v: Float[Array, "*batch seq kv_head head_dim"],
     *,
-    offset: int | Int[Array, ""] = 0,
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -24,19 +26,48 @@ def causal_attention(
 ) -> Float[Array, "*batch seq head head_dim"]:
     """softmax(q k^T * scale) v (Vaswani et al. 2017, arXiv:1706.03762), causal.
 
-    Query i stands at position `offset + i` and sees the keys at positions up to its own, the last
-    `window` of them. Query heads share key-value heads in consecutive groups (arXiv:2305.13245).
-    `scale` None is 1 / sqrt(head_dim); `softcap` bends the scaled scores to
-    softcap * tanh(scores / softcap). Scores and softmax are float32. `key` None means no dropout.
+    Query i sees the keys at positions up to its own, the last `window` of them. Query heads share
+    key-value heads in consecutive groups (arXiv:2305.13245). `scale` None is 1 / sqrt(head_dim);
+    `softcap` bends the scaled scores to softcap * tanh(scores / softcap). Scores and softmax are
+    float32. `key` None means no dropout; with it, the weights of all pairs are held.
     """
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    rate = 0.0 if key is None else dropout_rate
+
+    def plain(q: Array, k: Array, v: Array) -> Array:
+        return _plain_attention(q, k, v, window, scale, softcap, rate, key)
+
+    if rate > 0:
+        return plain(q, k, v)
+    platform = fused.platform()
+    shape = {"dtype": q.dtype, "head_dim": q.shape[-1], "seq": q.shape[-3]}
+    if platform and not fused.refusal(platform, **shape, window=window, softcap=softcap):
+        return fused.attention(platform, q, k, v, window=window, scale=scale, softcap=softcap)
+
+    def blocked(q: Array, k: Array, v: Array) -> Array:
+        return blocked_attention(q, k, v, window, scale, softcap)
+
+    return by_platform(q, k, v, cpu=blocked, default=plain)
+
+
+def _plain_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    dropout_rate: float,
+    key: PRNGKey | None,
+) -> Array:
     *batch, seq, head, head_dim = q.shape
-    cache, kv_head = k.shape[-3:-1]
+    kv_head = k.shape[-2]
     grouped = q.reshape(*batch, seq, kv_head, head // kv_head, head_dim)
     scores = jnp.einsum("...skgd,...tkd->...kgst", grouped, k, preferred_element_type=jnp.float32)
-    scores = scores / math.sqrt(head_dim) if scale is None else scores * scale
+    scores = scores * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    distance = offset + jnp.arange(seq)[:, None] - jnp.arange(cache)[None, :]
+    distance = jnp.arange(seq)[:, None] - jnp.arange(seq)[None, :]
     visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     scores = jnp.where(jnp.broadcast_to(visible, scores.shape), scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)

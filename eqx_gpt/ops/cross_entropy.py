@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from eqx_gpt.ops.matmul import linear
+from eqx_gpt.ops.int8 import Int8
+from eqx_gpt.ops.matmul import linear, product, transposed
+from eqx_gpt.ops.platform import stored
 from eqx_gpt.shapes import Scalar
 
 _CHUNK_LOGITS = 2**26  # elements: 256 MiB of float32
@@ -20,15 +22,12 @@ _CHUNK_LOGITS = 2**26  # elements: 256 MiB of float32
 
 def head_logits(
     hidden: Float[Array, "*batch d_model"],
-    weight: Float[Array, "vocab d_model"],
+    weight: Float[Array, "vocab d_model"] | Int8,
     bias: Float[Array, " vocab"] | None = None,
     softcap: float | None = None,
 ) -> Float[Array, "*batch vocab"]:
     """hidden @ weight.T + bias, bent to softcap * tanh(logits / softcap); float32."""
-    logits = linear(hidden, weight, jnp.float32)
-    if bias is not None:
-        logits = logits + jnp.broadcast_to(bias.astype(jnp.float32), logits.shape)
-    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+    return _bent(linear(hidden, weight, bias, jnp.float32), softcap)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -54,27 +53,33 @@ def _forward(
     hidden: Array, weight: Array, targets: Array, bias: Array | None, softcap: float | None
 ) -> tuple[Scalar, tuple[Array, Array, Array | None]]:
     rows, labels, real = _chunked(hidden, weight, targets)
+    weight_t = transposed(weight)
+    offset = None if bias is None else bias.astype(jnp.float32)[None, :]
 
     def add_chunk(
         carry: tuple[Scalar, Array, Array | None], chunk: tuple[Array, Array, Array]
     ) -> tuple[tuple[Scalar, Array, Array | None], Array]:
         total, d_weight, d_bias = carry
         x, y, mask = chunk
-        logits = head_logits(x, weight, bias, softcap)
-        total = total + _sum_of_losses(logits, y, mask)
+        logits = product(x, weight_t)
+        if offset is not None:
+            logits = logits + jnp.broadcast_to(offset, logits.shape)
+        logits = _bent(logits, softcap)
+        lse = stored(jax.nn.logsumexp(logits, axis=-1, keepdims=True))
+        loss = lse[:, 0] - _at_labels(logits, y)
         # The target is subtracted before any rounding, so that a confident prediction keeps the
         # digits of its small gradient.
         one_hot = (y[:, None] == jnp.arange(weight.shape[0])[None, :]).astype(jnp.float32)
-        share = (mask / targets.size)[:, None]
-        d_logits = (jax.nn.softmax(logits) - one_hot) * share
+        probability = jnp.exp(logits - jnp.broadcast_to(lse, logits.shape))
+        d_logits = probability - one_hot
+        d_logits = d_logits * jnp.broadcast_to((mask / targets.size)[:, None], d_logits.shape)
         if softcap is not None:
             d_logits = d_logits * (1 - jnp.square(logits / softcap))
         d_bias = None if d_bias is None else d_bias + jnp.sum(d_logits, axis=0)
-        d_logits = d_logits.astype(weight.dtype)
-        d_weight = d_weight + jnp.einsum(
-            "tv,td->vd", d_logits, x, preferred_element_type=jnp.float32
-        )
-        return (total, d_weight, d_bias), d_logits @ weight
+        d_logits = stored(d_logits.astype(weight.dtype))
+        d_weight = d_weight + product(transposed(d_logits), x)
+        d_x = product(d_logits, weight).astype(x.dtype)
+        return (total + jnp.sum(loss * mask), d_weight, d_bias), d_x
 
     d_weight = jnp.zeros(weight.shape, jnp.float32)
     d_bias = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
@@ -111,6 +116,13 @@ def _chunked(hidden: Array, weight: Array, targets: Array) -> tuple[Array, Array
     )
 
 
+def _bent(logits: Array, softcap: float | None) -> Array:
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def _at_labels(logits: Array, labels: Array) -> Array:
+    return jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+
+
 def _sum_of_losses(logits: Array, labels: Array, mask: Array) -> Scalar:
-    label_logits = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
-    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - label_logits) * mask)
+    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - _at_labels(logits, labels)) * mask)

@@ -1,0 +1,225 @@
+"""Causal attention for CPUs: block by block, with a gradient of its own.
+
+Forward, a block of queries meets only the keys that some query of it may see; backward, a block of
+keys meets only the queries that may see it, in transposed form (keys x queries), so that every
+product is canonical (see matmul.py) and nothing of size queries x keys is transposed. Kept for the
+backward pass are the inputs, the output and the logarithm of each query's sum: the memory is
+linear in the length (Dao et al. 2022, arXiv:2205.14135; Rabe & Staats 2021, arXiv:2112.05682).
+
+Below, n counts sequences times key-value heads, g the query heads that share one of them.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from eqx_gpt.ops.exp import exp_of_negative
+from eqx_gpt.ops.matmul import product, row_major
+
+_MASKED = -1e30  # finite, so that the distance to a maximum is never inf - inf
+_SCORES = 2**19  # as many at a time as stay in the caches of a core or two: 2 MiB of float32
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def blocked_attention(
+    q: Float[Array, "*batch seq head head_dim"],
+    k: Float[Array, "*batch seq kv_head head_dim"],
+    v: Float[Array, "*batch seq kv_head head_dim"],
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, "*batch seq head head_dim"]:
+    """As `eqx_gpt.ops.attention.causal_attention`."""
+    return _forward(q, k, v, window, scale, softcap)[0]
+
+
+def _forward(
+    q: Array, k: Array, v: Array, window: int | None, scale: float, softcap: float | None
+) -> tuple[Array, tuple[Array, ...]]:
+    group = q.shape[-2] // k.shape[-2]
+    attend = partial(_attend, window=window, scale=scale, softcap=softcap)
+    operands = _queries(q, group), _keys_transposed(k), _keys(v)
+    out, lse = _few_at_a_time(attend, operands, _block_size(q.shape[-3]) * q.shape[-3] * group)
+    return _unqueries(out, q.shape), (q, k, v, out, lse)
+
+
+def _backward(
+    window: int | None, scale: float, softcap: float | None, residuals: tuple[Array, ...], d: Array
+) -> tuple[Array, Array, Array]:
+    q, k, v, out, lse = residuals
+    group = q.shape[-2] // k.shape[-2]
+    d_rows = _queries(d, group)
+    # What the softmax takes off the gradient of each weight: sum(weights * d_weights).
+    delta = jnp.sum(d_rows.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    operands = (
+        _queries(q, group),
+        _queries_transposed(q, group),
+        _keys(k),
+        _keys_transposed(k),
+        _keys(v),
+        d_rows,
+        _queries_transposed(d, group),
+        lse,
+        delta,
+    )
+    attend = partial(_attend_backward, window=window, scale=scale, softcap=softcap)
+    dq_t, dk, dv = _few_at_a_time(attend, operands, _block_size(q.shape[-3]) * q.shape[-3] * group)
+    dq = jnp.moveaxis(dq_t, 1, 3)  # n d g s -> n g s d
+    return _unqueries(dq, q.shape), _unkeys(dk, k.shape), _unkeys(dv, k.shape)
+
+
+blocked_attention.defvjp(_forward, _backward)
+
+
+def _attend(
+    q: Float[Array, "n g s d"],
+    k_t: Float[Array, "n d s"],
+    v: Float[Array, "n s d"],
+    *,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Float[Array, "n g s d"], Float[Array, "n g s"]]:
+    """The output, and log(sum(exp(scores))) of each query."""
+    n, group, seq, head_dim = q.shape
+    outs, sums = [], []
+    for i, end in _blocks(seq):
+        first = 0 if window is None else max(0, i - window + 1)
+        rows = q[:, :, i:end].reshape(n, -1, head_dim)
+        scores = _bent(product(rows, k_t[:, :, first:end]), scale, softcap)
+        position = np.tile(np.arange(i, end), group)
+        seen = _visible(position[:, None], np.arange(first, end)[None, :], window, scores.shape)
+        scores = jnp.where(seen, scores, _MASKED)
+        top = lax.optimization_barrier(jnp.max(scores, axis=-1, keepdims=True))
+        powers = exp_of_negative(scores - jnp.broadcast_to(top, scores.shape), q.dtype)
+        weights = lax.optimization_barrier(jnp.where(seen, powers, 0).astype(q.dtype))
+        total = jnp.sum(weights.astype(jnp.float32), axis=-1, keepdims=True)
+        mixed = product(weights, v[:, first:end])
+        mixed = (mixed / jnp.broadcast_to(total, mixed.shape)).astype(q.dtype)
+        outs.append(mixed.reshape(n, group, end - i, head_dim))
+        sums.append((top + jnp.log(total)).reshape(n, group, end - i))
+    return jnp.concatenate(outs, axis=2), jnp.concatenate(sums, axis=2)
+
+
+def _attend_backward(
+    q: Float[Array, "n g s d"],
+    q_t: Float[Array, "n d g s"],
+    k: Float[Array, "n s d"],
+    k_t: Float[Array, "n d s"],
+    v: Float[Array, "n s d"],
+    d: Float[Array, "n g s d"],
+    d_t: Float[Array, "n d g s"],
+    lse: Float[Array, "n g s"],
+    delta: Float[Array, "n g s"],
+    *,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Float[Array, "n d g s"], Float[Array, "n s d"], Float[Array, "n s d"]]:
+    """The gradients of queries, keys and values; `d` is that of the output."""
+    n, group, seq, head_dim = q.shape
+    dtype = q.dtype
+    dq_t = jnp.zeros(q_t.shape, jnp.float32)
+    dks, dvs = [], []
+    for j, end in _blocks(seq):
+        last = seq if window is None else min(seq, end + window - 1)
+        shape = (n, end - j, group * (last - j))
+
+        def columns(x: Array, j: int = j, last: int = last) -> Array:
+            return x[:, :, :, j:last].reshape(n, head_dim, -1)
+
+        def rows(x: Array, j: int = j, last: int = last) -> Array:
+            return x[:, :, j:last].reshape(n, -1, head_dim)
+
+        def of_query(x: Array, j: int = j, last: int = last, shape: tuple = shape) -> Array:
+            return jnp.broadcast_to(x[:, :, j:last].reshape(n, 1, -1), shape)
+
+        scores = _bent(product(k[:, j:end], columns(q_t)), scale, softcap)
+        position = np.tile(np.arange(j, last), group)
+        seen = _visible(position[None, :], np.arange(j, end)[:, None], window, shape)
+        powers = exp_of_negative(jnp.minimum(scores - of_query(lse), 0), dtype)
+        weights = lax.optimization_barrier(jnp.where(seen, powers, 0).astype(dtype))
+        d_weights = product(v[:, j:end], columns(d_t))
+        slope = scale if softcap is None else scale * (1 - jnp.square(scores / softcap))
+        d_scores = weights.astype(jnp.float32) * (d_weights - of_query(delta)) * slope
+        d_scores = lax.optimization_barrier(d_scores.astype(dtype))
+        dvs.append(product(weights, rows(d)).astype(dtype))
+        dks.append(product(d_scores, rows(q)).astype(dtype))
+        dq = product(k_t[:, :, j:end], d_scores).reshape(n, head_dim, group, -1)
+        dq_t = dq_t.at[:, :, :, j:last].add(dq)
+    return dq_t.astype(dtype), jnp.concatenate(dks, axis=1), jnp.concatenate(dvs, axis=1)
+
+
+def _bent(scores: Array, scale: float, softcap: float | None) -> Array:
+    scores = scores * scale
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+def _visible(
+    position: np.ndarray, key_position: np.ndarray, window: int | None, shape: tuple[int, ...]
+) -> Array:
+    # Compared in the program: as a constant it would be as large as the scores.
+    distance = jnp.asarray(position, jnp.int32) - jnp.asarray(key_position, jnp.int32)
+    seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    return jnp.broadcast_to(seen, shape)
+
+
+def _block_size(seq: int) -> int:
+    """The larger, the better the products; the smaller, the less is computed of the half that is
+    masked."""
+    return 256 if seq > 512 else 128
+
+
+def _blocks(seq: int) -> list[tuple[int, int]]:
+    size = _block_size(seq)
+    return [(i, min(i + size, seq)) for i in range(0, seq, size)]
+
+
+def _few_at_a_time(attend: Callable, operands: tuple[Array, ...], scores_of_one: int) -> tuple:
+    """`attend` over the leading axis, in as large parts as leave their scores in the caches."""
+    n = operands[0].shape[0]
+    few = max(d for d in range(1, n + 1) if n % d == 0 and (d == 1 or d * scores_of_one <= _SCORES))
+    parts = jax.tree.map(lambda x: x.reshape(n // few, few, *x.shape[1:]), operands)
+    if n == few:
+        return attend(*operands)
+    results = lax.map(lambda part: attend(*part), parts)
+    return jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), results)
+
+
+def _queries(x: Float[Array, "*batch s h d"], group: int) -> Float[Array, "n g s d"]:
+    seq, _, head_dim = x.shape[-3:]
+    return row_major(_by_head(x, group)).reshape(-1, group, seq, head_dim)
+
+
+def _unqueries(x: Float[Array, "n g s d"], shape: tuple[int, ...]) -> Array:
+    """What `_queries` was made from."""
+    seq, head, head_dim = shape[-3:]
+    return jnp.swapaxes(x.reshape(-1, head, seq, head_dim), 1, 2).reshape(shape)
+
+
+def _queries_transposed(x: Float[Array, "*batch s h d"], group: int) -> Float[Array, "n d g s"]:
+    seq, _, head_dim = x.shape[-3:]
+    columns = jnp.moveaxis(_by_head(x, group), -1, 2)  # b k d g s
+    return row_major(columns.reshape(-1, head_dim, group * seq)).reshape(-1, head_dim, group, seq)
+
+
+def _keys(x: Float[Array, "*batch s k d"]) -> Float[Array, "n s d"]:
+    return _queries(x, 1)[:, 0]
+
+
+def _keys_transposed(x: Float[Array, "*batch s k d"]) -> Float[Array, "n d s"]:
+    return _queries_transposed(x, 1)[:, :, 0]
+
+
+def _unkeys(x: Float[Array, "n s d"], shape: tuple[int, ...]) -> Array:
+    return _unqueries(x[:, None], shape)
+
+
+def _by_head(x: Float[Array, "*batch s h d"], group: int) -> Float[Array, "b k g s d"]:
+    seq, head, head_dim = x.shape[-3:]
+    return jnp.moveaxis(x.reshape(-1, seq, head // group, group, head_dim), 1, 3)

@@ -1,0 +1,23 @@
+"""The one place where an operation chooses between a CPU's arrangement and the plain one."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from jax import lax
+from jaxtyping import Array
+
+T = TypeVar("T")
+
+
+def by_platform(*args: Array, cpu: Callable[..., T], default: Callable[..., T]) -> T:
+    """`cpu(*args)` in programs lowered for CPUs, `default(*args)` in all others.
+
+    Both are traced; the choice is made when the program is lowered, so a program that is exported
+    for another platform than this process runs on is right too.
+    """
+    return lax.platform_dependent(*args, cpu=cpu, default=default)
+
+
+def stored(x: Array) -> Array:
+    """`x`, on CPUs written to memory once instead of made anew at each use."""
+    return by_platform(x, cpu=lax.optimization_barrier, default=lambda x: x)

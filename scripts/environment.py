@@ -1,0 +1,85 @@
+"""The process of a command that computes, set up before jax is imported.
+
+XLA allocates its large buffers anew at each use. malloc gives them back to the kernel, which zeroes
+them again, 4 KiB at a time, unless tunables read at process start ask for huge pages and for memory
+to be kept: under Linux with glibc, computing on a CPU, a command starts itself once more with them,
+unless `EQX_GPT_ALLOCATOR=off`.
+"""
+
+import glob
+import importlib.util
+import os
+import platform
+import sys
+from pathlib import Path
+
+from scripts.program_cache import keep_programs
+
+SWITCH = "EQX_GPT_ALLOCATOR"
+_HUGE = "glibc.malloc.hugetlb=1"  # transparent ones, by madvise
+_KEPT = (  # nothing is mapped for itself, and nothing is given back
+    "glibc.malloc.mmap_threshold=17179869184",
+    "glibc.malloc.trim_threshold=17179869184",
+    "glibc.malloc.top_pad=268435456",
+)
+TUNABLES = ":".join((_HUGE, *_KEPT))
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+# What NVIDIA's, AMD's and Google's drivers make.
+_ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
+
+
+def prepare_process(name: str) -> None:
+    """Call it first in a command, with its `__name__`; nothing happens in an imported module.
+
+    May replace the process by itself with another environment: same arguments, id and files.
+    """
+    if name != "__main__":
+        return
+    tunables = _wanted_tunables()
+    if tunables != os.environ.get("GLIBC_TUNABLES"):
+        environment = {**os.environ, "GLIBC_TUNABLES": tunables, SWITCH: "set"}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+    keep_programs()
+
+
+def describe_process() -> str:
+    """What is set, for the header of a run."""
+    huge = _HUGE in os.environ.get("GLIBC_TUNABLES", "")
+    memory = f"huge pages for malloc ({SWITCH}=off: none)" if huge else "malloc as it was"
+    place = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    kept = f"compiled programs in {place}" if place else "compiled programs not kept"
+    return f"{memory}, {kept}"
+
+
+def _wanted_tunables() -> str | None:
+    """GLIBC_TUNABLES as it should be: what the user set, and ours where it belongs."""
+    current = os.environ.get("GLIBC_TUNABLES")
+    if os.environ.get(SWITCH) in ("off", "set") or not sys.executable:
+        return current
+    if not (_has_huge_pages() and _computes_on_cpu()):
+        return current
+    if not current:
+        return TUNABLES
+    named = {tunable.split("=")[0] for tunable in current.split(":")}
+    return ":".join([current, *(t for t in TUNABLES.split(":") if t.split("=")[0] not in named)])
+
+
+def _has_huge_pages() -> bool:
+    """Is this a Linux that gives huge pages to who asks, with a glibc (2.35) that can ask?"""
+    library, version = platform.libc_ver()
+    numbers = [int(part) for part in version.split(".") if part.isdigit()]
+    if library != "glibc" or numbers < [2, 35]:
+        return False
+    try:
+        return "[never]" not in _HUGE_PAGES.read_text()
+    except OSError:
+        return False
+
+
+def _computes_on_cpu() -> bool:
+    """Will jax, which is not imported yet, compute on the CPU?"""
+    asked = os.environ.get("JAX_PLATFORMS") or os.environ.get("JAX_PLATFORM_NAME")
+    if asked:
+        return asked.split(",")[0].strip().lower() == "cpu"
+    plugins = any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
+    return not (plugins and any(glob.glob(pattern) for pattern in _ACCELERATORS))

@@ -1,0 +1,156 @@
+"""The process that a command computes in: its memory, its cache of programs, and what it keeps."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from tiny_run import ROOT
+
+from scripts import environment, program_cache
+
+# What a command may be: started with options of Python, arguments, a module path and a stdin.
+COMMAND = f"""
+import sys
+sys.path[0] = {str(ROOT)!r}
+from scripts.environment import describe_process, prepare_process
+prepare_process(__name__)
+import json, os
+assert "jax" not in sys.modules
+found = {{"pid": os.getpid(), "argv": sys.argv[1:], "utf8": sys.flags.utf8_mode,
+         "stdin": sys.stdin.read(), "said": describe_process(), "environ": dict(os.environ)}}
+if sys.argv[1:] == ["compute"]:
+    import jax
+    found["result"] = float(jax.jit(lambda x: (x * 3).sum())(jax.numpy.arange(5.0)))
+print(json.dumps(found))
+"""
+OURS = ("GLIBC_TUNABLES", environment.SWITCH, program_cache.SWITCH)
+KEPT = (
+    "glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=17179869184:"
+    "glibc.malloc.top_pad=268435456"
+)
+HUGE_PAGES = f"glibc.malloc.hugetlb=1:{KEPT}"
+
+linux = pytest.mark.skipif(not environment._has_huge_pages(), reason="no huge pages to ask for")
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts the command above as a user's shell would; gives what it saw, and its stderr."""
+    script = tmp_path / "command.py"
+    script.write_text(COMMAND)
+
+    def start(*argv, **changes):
+        clean = {k: v for k, v in os.environ.items() if k not in OURS and not k.startswith("JAX_")}
+        settings = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu", **changes}
+        with subprocess.Popen(
+            [sys.executable, "-X", "utf8", script, *argv], env={**clean, **settings}, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        ) as process:  # fmt: skip
+            out, err = process.communicate("from stdin", timeout=60)
+        assert process.returncode == 0, err
+        found = json.loads(out)
+        assert found["pid"] == process.pid
+        return found, err
+
+    return start
+
+
+@linux
+def test_a_command_starts_itself_once_more_and_keeps_all_it_was_given(start):
+    found, err = start("a b", "--c=1", PYTHONPATH="/somewhere")
+    assert found["environ"]["GLIBC_TUNABLES"] == HUGE_PAGES
+    assert (found["argv"], found["utf8"], found["stdin"]) == (["a b", "--c=1"], 1, "from stdin")
+    assert found["environ"]["PYTHONPATH"] == "/somewhere"
+    assert "huge pages for malloc (EQX_GPT_ALLOCATOR=off: none)" in found["said"]
+    assert err == ""
+
+
+@linux
+@pytest.mark.parametrize(
+    ("given", "tunables"),
+    [
+        ({"EQX_GPT_ALLOCATOR": "off"}, None),
+        ({"JAX_PLATFORMS": "cuda,cpu"}, None),
+        ({"JAX_PLATFORMS": "tpu"}, None),
+        ({"GLIBC_TUNABLES": "glibc.malloc.perturb=1"}, f"glibc.malloc.perturb=1:{HUGE_PAGES}"),
+        ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, f"glibc.malloc.hugetlb=0:{KEPT}"),
+    ],
+    ids=str,
+)
+def test_the_user_and_the_device_decide(given, tunables, start):
+    found, _ = start(**given)
+    assert found["environ"].get("GLIBC_TUNABLES") == tunables
+
+
+def test_importing_changes_nothing(monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    before = dict(os.environ)
+    environment.prepare_process("scripts.train")
+    assert dict(os.environ) == before
+
+
+def test_an_accelerator_needs_its_device_and_its_plugin(monkeypatch, tmp_path):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(environment, "_ACCELERATORS", (str(tmp_path / "nvidia[0-9]*"),))
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)
+    assert environment._computes_on_cpu()
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: object())
+    assert not environment._computes_on_cpu()
+    (tmp_path / "nvidia0").unlink()
+    assert environment._computes_on_cpu()
+
+
+def test_where_programs_are_kept(start, tmp_path):
+    found, _ = start()
+    place = Path(found["environ"]["JAX_COMPILATION_CACHE_DIR"])
+    assert place.parent == tmp_path / "cache" / "eqx_gpt"
+    assert place.stat().st_mode & 0o077 == 0
+    assert str(place) in found["said"]
+    assert int(found["environ"]["JAX_COMPILATION_CACHE_MAX_SIZE"]) == 2 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("given", "place"),
+    [
+        ({"EQX_GPT_COMPILATION_CACHE": "off"}, None),
+        ({"JAX_COMPILATION_CACHE_DIR": "/mine"}, "/mine"),
+        ({"XDG_CACHE_HOME": "/dev/null"}, None),  # nothing can be made there
+    ],
+    ids=str,
+)
+def test_programs_are_not_kept_there(given, place, start):
+    found, err = start("compute" if place is None else "", **given)
+    assert found["environ"].get("JAX_COMPILATION_CACHE_DIR") == place
+    assert "JAX_COMPILATION_CACHE_MAX_SIZE" not in found["environ"]
+    assert err == ""
+
+
+def test_damaged_programs_are_compiled_again(start, tmp_path):
+    place = Path(start("compute")[0]["environ"]["JAX_COMPILATION_CACHE_DIR"])
+    whole, *others = sorted(place.glob("*-cache"))
+    assert others, "two programs at least"
+    for entry in (whole, *others):
+        entry.write_bytes(entry.read_bytes()[:50])
+    for entry in others:  # as a killed process leaves them
+        entry.with_name(entry.name.replace("-cache", "-atime")).unlink()
+    found, err = start("compute")
+    assert found["result"] == 30
+    assert err.count("Error reading persistent compilation cache entry") == 1
+    assert all(len(entry.read_bytes()) > 50 for entry in others)
+
+
+def test_the_second_start_compiles_nothing(start):
+    logged = {"JAX_LOG_COMPILES": "1", "JAX_EXPLAIN_CACHE_MISSES": "1"}
+    with ThreadPoolExecutor() as at_once:
+        first = list(at_once.map(lambda _: start("compute", **logged), range(2)))
+    assert sum(err.count("PERSISTENT COMPILATION CACHE MISS") for _, err in first) >= 2
+    assert not any("Error" in err for _, err in first)
+    found, err = start("compute", **logged)
+    assert found["result"] == 30
+    assert err.count("Persistent compilation cache hit") >= 2
+    assert "PERSISTENT COMPILATION CACHE MISS" not in err
