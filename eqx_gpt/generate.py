@@ -17,7 +17,6 @@ from eqx_gpt.config import GPTConfig
 from eqx_gpt.gpt import GPT, check_tokens
 from eqx_gpt.shapes import PRNGKey, Tokens, TokensLike
 
-
 _GROUP = 256
 
 

@@ -17,8 +17,9 @@ def for_inference(model: GPT, quantize: str | None = None) -> GPT:
 
     Decoding one sequence takes as long as reading the weights does. `quantize="int8"` halves that
     again: whatever the model multiplies by (the linear maps of the blocks, the head, tied or not)
-    becomes eight-bit integers with one scale an output (`Int8`); a bit of quality is lost.
-    Biases, norms and tables that are only looked up stay.
+    becomes eight-bit integers with one scale an output (`Int8`). Biases, norms and tables that are
+    only looked up stay. SmolLM2-135M (its four-bit file) on 20,480 tokens of Shakespeare: the
+    perplexity rises from 45.25 to 45.53, and 94.7 % of the likeliest tokens stay the same.
 
     Not for training, and not for saving: every layer is a block of its own, so that no program
     has to copy its weights out of the stack.

@@ -19,11 +19,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import eqx_gpt
-from eqx_gpt import functional
+from eqx_gpt import GPT, for_inference, functional
 from eqx_gpt.config import AttentionConfig, GPTConfig, MLPConfig, NormConfig, PositionConfig
 from eqx_gpt.tokenizer import CharTokenizer, GPT2Tokenizer, JSONTokenizer
 from eqx_gpt.tree import named_arrays
-from weights import WeightsError, from_pretrained, load_tokenizer, save_pretrained
+from weights import WeightsError, from_pretrained, load_tokenizer, save_gguf, save_pretrained
 from weights.load import skeleton
 from weights.run import run_checkpoint
 from weights.tokenizer import gpt2_tokenizer_json, gpt2_vocab_and_merges
@@ -595,3 +595,11 @@ def test_import_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_model_laid_out_for_decoding_is_not_saved(tmp_path):
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=5, vocab_size=7)
+    model = for_inference(GPT.init(config, key=jax.random.key(0)))
+    for save in (save_pretrained, save_gguf):
+        with pytest.raises(WeightsError, match="laid out for decoding"):
+            save(model, tmp_path / "model")

@@ -19,7 +19,7 @@ from weights.family import closest, to_hf
 from weights.gguf_architectures import ARCHITECTURES, Architecture
 from weights.gguf_model import added, file_rows
 from weights.gguf_tokenizer import write_tokenizer
-from weights.save import Tensors, sync, tensors_of
+from weights.save import Tensors, check_saveable, sync, tensors_of
 from weights.tokenizer import gpt2_tokenizer_json
 
 GGUFType = Literal["F32", "F16", "BF16", "Q8_0"]
@@ -48,6 +48,7 @@ def save_gguf(
     **Raises:** WeightsError if no architecture of llama.cpp computes the model, or none of its
     ways to split text is the tokenizer's, with what is in the way.
     """
+    check_saveable(model)
     target = check_target(path)
     if dtype not in TYPES:
         raise WeightsError(f"dtype {dtype!r} cannot be written; {did_you_mean(dtype, TYPES)}")

@@ -62,6 +62,7 @@ def save_pretrained(
     **Raises:** WeightsError if no Hugging Face architecture holds the model, with what is in the
     way; if the tokenizer has more tokens than the model; if the directory holds other things.
     """
+    check_saveable(model)
     target = check_target(directory)
     family, config = family_for(model.config, model_type)
     dtype_name = model.wte.weight.dtype.name if dtype is None else dtype
@@ -93,6 +94,15 @@ def save_pretrained(
         _write_shards(tensors, partial, jnp.dtype(dtype_name), max_shard_bytes)
         if tokenizer is not None:
             write_tokenizer(tokenizer, partial, config.block_size)
+
+
+def check_saveable(model: GPT) -> None:
+    """WeightsError for a model that is laid out for decoding."""
+    if isinstance(model.blocks, tuple):
+        raise WeightsError(
+            "this model is laid out for decoding, with smaller numbers (eqx_gpt.for_inference); "
+            "save the model that it was made from"
+        )
 
 
 def check_target(directory: str | Path) -> Path:

@@ -1,13 +1,13 @@
 """Causal attention over whole sequences, by the best path that the platform has."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from eqx_gpt.ops import fused
-from eqx_gpt.ops.blocked_attention import blocked_attention
+from eqx_gpt.ops import blocked_attention, fused
 from eqx_gpt.ops.dropout import dropout
 from eqx_gpt.ops.platform import by_platform
 from eqx_gpt.shapes import PRNGKey
@@ -32,22 +32,52 @@ def causal_attention(
     float32. `key` None means no dropout; with it, the weights of all pairs are held.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    rate = 0.0 if key is None else dropout_rate
-
-    def plain(q: Array, k: Array, v: Array) -> Array:
-        return _plain_attention(q, k, v, window, scale, softcap, rate, key)
-
-    if rate > 0:
-        return plain(q, k, v)
+    if key is not None and dropout_rate > 0:
+        return _plain_attention(q, k, v, window, scale, softcap, dropout_rate, key)
     platform = fused.platform()
     shape = {"dtype": q.dtype, "head_dim": q.shape[-1], "seq": q.shape[-3]}
     if platform and not fused.refusal(platform, **shape, window=window, softcap=softcap):
         return fused.attention(platform, q, k, v, window=window, scale=scale, softcap=softcap)
+    return _attention(q, k, v, window, scale, softcap)
 
-    def blocked(q: Array, k: Array, v: Array) -> Array:
-        return blocked_attention(q, k, v, window, scale, softcap)
 
-    return by_platform(q, k, v, cpu=blocked, default=plain)
+# Both platforms' paths keep the same few arrays for the backward pass. Differentiating through the
+# choice instead would keep what either of them wants.
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _attention(
+    q: Array, k: Array, v: Array, window: int | None, scale: float, softcap: float | None
+) -> Array:
+    return _forward(q, k, v, window, scale, softcap)[0]
+
+
+def _forward(
+    q: Array, k: Array, v: Array, window: int | None, scale: float, softcap: float | None
+) -> tuple[Array, tuple[Array, ...]]:
+    def blocked(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+        return blocked_attention.attend(q, k, v, window, scale, softcap)
+
+    def plain(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+        out = _plain_attention(q, k, v, window, scale, softcap)
+        return out, jnp.zeros(q.shape[:-1], jnp.float32)
+
+    out, lse = by_platform(q, k, v, cpu=blocked, default=plain)
+    return out, (q, k, v, out, lse)
+
+
+def _backward(
+    window: int | None, scale: float, softcap: float | None, residuals: tuple[Array, ...], d: Array
+) -> tuple[Array, Array, Array]:
+    def blocked(q: Array, k: Array, v: Array, out: Array, lse: Array, d: Array) -> tuple:
+        return blocked_attention.attend_backward(q, k, v, out, lse, d, window, scale, softcap)
+
+    def plain(q: Array, k: Array, v: Array, _: Array, __: Array, d: Array) -> tuple:
+        attend = partial(_plain_attention, window=window, scale=scale, softcap=softcap)
+        return jax.vjp(attend, q, k, v)[1](d)
+
+    return by_platform(*residuals, d, cpu=blocked, default=plain)
+
+
+_attention.defvjp(_forward, _backward)
 
 
 def _plain_attention(
@@ -57,8 +87,8 @@ def _plain_attention(
     window: int | None,
     scale: float,
     softcap: float | None,
-    dropout_rate: float,
-    key: PRNGKey | None,
+    dropout_rate: float = 0.0,
+    key: PRNGKey | None = None,
 ) -> Array:
     *batch, seq, head, head_dim = q.shape
     kv_head = k.shape[-2]

@@ -1,4 +1,4 @@
-"""Causal attention for CPUs: block by block, with a gradient of its own.
+"""Causal attention for CPUs, and its gradients: block by block.
 
 Forward, a block of queries meets only the keys that some query of it may see; backward, a block of
 keys meets only the queries that may see it, in transposed form (keys x queries), so that every
@@ -25,55 +25,52 @@ _MASKED = -1e30  # finite, so that the distance to a maximum is never inf - inf
 _SCORES = 2**19  # as many at a time as stay in the caches of a core or two: 2 MiB of float32
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def blocked_attention(
+def attend(
     q: Float[Array, "*batch seq head head_dim"],
     k: Float[Array, "*batch seq kv_head head_dim"],
     v: Float[Array, "*batch seq kv_head head_dim"],
     window: int | None,
     scale: float,
     softcap: float | None,
-) -> Float[Array, "*batch seq head head_dim"]:
-    """As `eqx_gpt.ops.attention.causal_attention`."""
-    return _forward(q, k, v, window, scale, softcap)[0]
-
-
-def _forward(
-    q: Array, k: Array, v: Array, window: int | None, scale: float, softcap: float | None
-) -> tuple[Array, tuple[Array, ...]]:
+) -> tuple[Float[Array, "*batch seq head head_dim"], Float[Array, "*batch seq head"]]:
+    """As `eqx_gpt.ops.attention.causal_attention`; also log(sum(exp(scores))) of each query."""
     group = q.shape[-2] // k.shape[-2]
-    attend = partial(_attend, window=window, scale=scale, softcap=softcap)
+    run = partial(_attend, window=window, scale=scale, softcap=softcap)
     operands = _queries(q, group), _keys_transposed(k), _keys(v)
-    out, lse = _few_at_a_time(attend, operands, _block_size(q.shape[-3]) * q.shape[-3] * group)
-    return _unqueries(out, q.shape), (q, k, v, out, lse)
+    out, lse = _few_at_a_time(run, operands, _block_size(q.shape[-3]) * q.shape[-3] * group)
+    return _unqueries(out, q.shape), _unqueries(lse[..., None], (*q.shape[:-1], 1))[..., 0]
 
 
-def _backward(
-    window: int | None, scale: float, softcap: float | None, residuals: tuple[Array, ...], d: Array
+def attend_backward(
+    q: Float[Array, "*batch seq head head_dim"],
+    k: Float[Array, "*batch seq kv_head head_dim"],
+    v: Float[Array, "*batch seq kv_head head_dim"],
+    out: Float[Array, "*batch seq head head_dim"],
+    lse: Float[Array, "*batch seq head"],
+    d: Float[Array, "*batch seq head head_dim"],
+    window: int | None,
+    scale: float,
+    softcap: float | None,
 ) -> tuple[Array, Array, Array]:
-    q, k, v, out, lse = residuals
+    """The gradients of queries, keys and values; `d` is that of the output."""
     group = q.shape[-2] // k.shape[-2]
-    d_rows = _queries(d, group)
     # What the softmax takes off the gradient of each weight: sum(weights * d_weights).
-    delta = jnp.sum(d_rows.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    delta = jnp.sum(d.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     operands = (
         _queries(q, group),
         _queries_transposed(q, group),
         _keys(k),
         _keys_transposed(k),
         _keys(v),
-        d_rows,
+        _queries(d, group),
         _queries_transposed(d, group),
-        lse,
-        delta,
+        _queries(lse[..., None], group)[..., 0],
+        _queries(delta[..., None], group)[..., 0],
     )
-    attend = partial(_attend_backward, window=window, scale=scale, softcap=softcap)
-    dq_t, dk, dv = _few_at_a_time(attend, operands, _block_size(q.shape[-3]) * q.shape[-3] * group)
+    run = partial(_attend_backward, window=window, scale=scale, softcap=softcap)
+    dq_t, dk, dv = _few_at_a_time(run, operands, _block_size(q.shape[-3]) * q.shape[-3] * group)
     dq = jnp.moveaxis(dq_t, 1, 3)  # n d g s -> n g s d
     return _unqueries(dq, q.shape), _unkeys(dk, k.shape), _unkeys(dv, k.shape)
-
-
-blocked_attention.defvjp(_forward, _backward)
 
 
 def _attend(
@@ -180,14 +177,14 @@ def _blocks(seq: int) -> list[tuple[int, int]]:
     return [(i, min(i + size, seq)) for i in range(0, seq, size)]
 
 
-def _few_at_a_time(attend: Callable, operands: tuple[Array, ...], scores_of_one: int) -> tuple:
-    """`attend` over the leading axis, in as large parts as leave their scores in the caches."""
+def _few_at_a_time(run: Callable, operands: tuple[Array, ...], scores_of_one: int) -> tuple:
+    """`run` over the leading axis, in as large parts as leave their scores in the caches."""
     n = operands[0].shape[0]
     few = max(d for d in range(1, n + 1) if n % d == 0 and (d == 1 or d * scores_of_one <= _SCORES))
     parts = jax.tree.map(lambda x: x.reshape(n // few, few, *x.shape[1:]), operands)
     if n == few:
-        return attend(*operands)
-    results = lax.map(lambda part: attend(*part), parts)
+        return run(*operands)
+    results = lax.map(lambda part: run(*part), parts)
     return jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), results)
 
 

@@ -2,6 +2,7 @@
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 from jaxtyping import Int8 as Int8Numbers
@@ -16,7 +17,7 @@ class Int8(eqx.Module):
 
     values: Int8Numbers[Array, "out in"]
     scale: Float[Array, " out"]
-    dtype: DTypeLike = eqx.field(static=True)
+    dtype: np.dtype = eqx.field(static=True)
 
     @staticmethod
     def quantize(weight: Float[Array, "out in"]) -> "Int8":

@@ -1,0 +1,79 @@
+"""The compiled train step of a CPU: an upgrade that loses the fast products shows here."""
+
+import re
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from eqx_gpt import GPT, GPTConfig, get_config
+from eqx_gpt.config import AttentionConfig
+from train.config import TrainConfig
+from train.devices import cpu_multiplies_bfloat16
+from train.optimizer import make_optimizer
+from train.step import Recipe, TrainState, train_step
+
+SMALL = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 96, "vocab_size": 194}
+MODELS = {
+    "gpt2": GPTConfig(**SMALL),
+    "llama": replace(get_config("smollm2-135m"), **SMALL, attention=AttentionConfig(n_kv_head=2)),
+}
+SEQ, BATCH = 96, 4
+
+pytestmark = pytest.mark.skipif(
+    jax.default_backend() != "cpu" or not cpu_multiplies_bfloat16(),
+    reason="this CPU does not multiply bfloat16",
+)
+
+
+def compiled_step(config: GPTConfig) -> str:
+    optimizer = make_optimizer(TrainConfig())
+
+    def step(state: TrainState, windows: jax.Array) -> TrainState:
+        recipe = Recipe(optimizer, jnp.dtype(jnp.bfloat16), jax.random.key(1))
+        return train_step((recipe, windows), state)[0]
+
+    model = GPT.init(replace(config, unroll=config.n_layer), key=jax.random.key(0))
+    state = TrainState.init(model, optimizer)
+    windows = jnp.zeros((1, BATCH, SEQ + 1), jnp.int32)
+    return jax.jit(step).lower(state, windows).compile().as_text()
+
+
+def products(text: str) -> list[tuple[str, list[str]]]:
+    """Of every matrix product: the computation it is in, and its operands' types."""
+    found = []
+    for computation in text.split("\n}\n"):
+        types = dict(re.findall(r"(%[\w.\-]+) = (\w+)\[", computation))
+        header = computation.strip().split("{")[0]
+        for operands in re.findall(r" dot\(([^)]*)\)", computation):
+            names = [name.strip() for name in operands.split(",")]
+            found.append((header, [types[name.split(" ")[-1]] for name in names]))
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_product_of_a_step_is_a_fast_one(name):
+    config = MODELS[name]
+    text = compiled_step(config)
+    found = products(text)
+    # A layer has 4 maps (5 with a gate) of 3 products and attention of 7; the head has 3.
+    maps = 5 if config.mlp.kind == "gated" else 4
+    assert len(found) >= config.n_layer * (3 * maps + 7) + 3
+    slow = [(header, types) for header, types in found if types != ["bf16", "bf16"]]
+    assert not slow
+    assert all("fused_computation" in header for header, _ in found), "outside XLA's fast library"
+
+
+def test_nothing_of_size_seq_times_seq_is_kept():
+    """Between the forward and the backward pass: what crosses is at most the scores' block."""
+    config = replace(MODELS["gpt2"], block_size=1024)
+    model = GPT.init(config, key=jax.random.key(0))
+    tokens = jnp.zeros((1, 1024), jnp.int32)
+
+    def loss(model: GPT) -> jax.Array:
+        return jnp.sum(model.hidden(tokens)[0])
+
+    _, pull = jax.vjp(loss, model)
+    sizes = [x.size for x in jax.tree.leaves(pull) if hasattr(x, "size")]
+    assert max(sizes) < 1024 * 1024
