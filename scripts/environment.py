@@ -17,12 +17,8 @@ from scripts.program_cache import keep_programs
 
 SWITCH = "EQX_GPT_ALLOCATOR"
 _HUGE = "glibc.malloc.hugetlb=1"  # transparent ones, by madvise
-_KEPT = (  # nothing is mapped for itself, and nothing is given back
-    "glibc.malloc.mmap_threshold=17179869184",
-    "glibc.malloc.trim_threshold=17179869184",
-    "glibc.malloc.top_pad=268435456",
-)
-TUNABLES = ":".join((_HUGE, *_KEPT))
+_KEPT = "glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=17179869184"
+TUNABLES = f"{_HUGE}:{_KEPT}:glibc.malloc.top_pad=268435456"
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 # What NVIDIA's, AMD's and Google's drivers make.
 _ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
@@ -58,10 +54,9 @@ def _wanted_tunables() -> str | None:
         return current
     if not (_has_huge_pages() and _computes_on_cpu()):
         return current
-    if not current:
-        return TUNABLES
-    named = {tunable.split("=")[0] for tunable in current.split(":")}
-    return ":".join([current, *(t for t in TUNABLES.split(":") if t.split("=")[0] not in named)])
+    theirs = current.split(":") if current else []
+    named = {tunable.split("=")[0] for tunable in theirs}
+    return ":".join([*theirs, *(t for t in TUNABLES.split(":") if t.split("=")[0] not in named)])
 
 
 def _has_huge_pages() -> bool:
