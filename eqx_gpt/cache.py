@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
@@ -34,16 +33,14 @@ class KVCache(eqx.Module):
         config: GPTConfig,
         batch: Sequence[int],
         capacity: int,
-        dtype: DTypeLike | None = None,
+        dtype: DTypeLike = jnp.float32,
         start: Int[Array, "*batch"] | None = None,
     ) -> "KVCache":
         """An empty cache with room for `capacity` positions.
 
-        `dtype` None is bfloat16, but float32 on a CPU: there every product with the cache would
-        widen all of it again.
+        Its first `advance` changes the structure (`empty`): to carry it through a `lax.scan`, give
+        that `init(...).advance(0)`.
         """
-        if dtype is None:
-            dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         shape = (math.prod(batch) * config.n_kv_head, capacity, config.head_dim)
         k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layer)) for _ in "kv")
         return KVCache(k, v, jnp.zeros((), jnp.int32), start, True)

@@ -7,9 +7,11 @@ from collections.abc import Iterator, Sequence
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from eqx_gpt.cache import KVCache
@@ -272,10 +274,18 @@ def _checked_prompt(
     seq, shape = prompt.shape[-1], np.shape(lengths)
     if shape != prompt.shape[:-1]:
         raise ValueError(f"lengths have shape {shape}, expected one a row: {prompt.shape[:-1]}")
+    if isinstance(lengths, jax.core.Tracer):
+        return prompt, seq - jnp.asarray(lengths, jnp.int32)
     found = np.asarray(lengths)
     if found.size and not (found.min() >= 1 and found.max() <= seq):
         raise ValueError(f"lengths must be 1 to {seq}, got {found.min()} to {found.max()}")
     return prompt, seq - jnp.asarray(found, jnp.int32)
+
+
+def _cache_dtype(model: GPT) -> DTypeLike:
+    """The model's; but a CPU would widen all of a bfloat16 cache again for every product."""
+    dtype = model.wte.weight.dtype
+    return jnp.float32 if dtype == jnp.bfloat16 and jax.default_backend() == "cpu" else dtype
 
 
 def _prefilled(
@@ -318,7 +328,7 @@ def _prefill(
     `total` is the room for tokens."""
     config = model.config
     *batch, seq = window.shape
-    cache = KVCache.init(config, batch, min(total, config.block_size), start=start)
+    cache = KVCache.init(config, batch, min(total, config.block_size), _cache_dtype(model), start)
     hidden, filled = model.hidden(window, cache=cache)
     assert filled is not None
     tokens = jnp.pad(window, [(0, 0)] * len(batch) + [(0, max(0, total - seq))])
@@ -352,7 +362,9 @@ def _slide(inputs: tuple[GPT, Rules, Int[Array, ""]], state: State) -> State:
         window = lax.dynamic_slice_in_dim(state.tokens, first, config.block_size, axis=-1)
         start = state.cache.start
         start = None if start is None else jnp.maximum(start - first, 0)
-        cache = KVCache.init(config, state.done.shape, config.block_size, start=start)
+        cache = KVCache.init(
+            config, state.done.shape, config.block_size, _cache_dtype(model), start
+        )
         hidden, _ = model.hidden(window, cache=cache)
         logits = _logits_at(model, hidden, config.block_size - 1)
         return state.draw(rules, logits, config.real_vocab_size)

@@ -13,7 +13,7 @@ import platform
 import sys
 from pathlib import Path
 
-from scripts.program_cache import keep_programs
+from scripts.program_cache import OFF, keep_programs
 
 SWITCH = "EQX_GPT_ALLOCATOR"
 _HUGE = "glibc.malloc.hugetlb=1"  # transparent ones, by madvise
@@ -32,7 +32,7 @@ def prepare_process(name: str) -> None:
     if name != "__main__":
         return
     tunables = _wanted_tunables()
-    if tunables != os.environ.get("GLIBC_TUNABLES"):
+    if tunables != os.environ.get("GLIBC_TUNABLES") and sys.argv[0] in sys.orig_argv:  # not runpy
         environment = {**os.environ, "GLIBC_TUNABLES": tunables, SWITCH: "set"}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
     keep_programs()
@@ -50,7 +50,7 @@ def describe_process() -> str:
 def _wanted_tunables() -> str | None:
     """GLIBC_TUNABLES as it should be: what the user set, and ours where it belongs."""
     current = os.environ.get("GLIBC_TUNABLES")
-    if os.environ.get(SWITCH) in ("off", "set") or not sys.executable:
+    if os.environ.get(SWITCH, "").lower() in (*OFF, "set") or not sys.executable:
         return current
     if not (_has_huge_pages() and _computes_on_cpu()):
         return current

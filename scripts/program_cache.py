@@ -2,11 +2,14 @@
 
 import os
 import platform
+import time
 import zlib
 from pathlib import Path
 
 SWITCH = "EQX_GPT_COMPILATION_CACHE"
+OFF = ("off", "0", "false", "no")
 _MAX_BYTES = 2 * 2**30
+_WRITING_S = 60.0
 
 
 def keep_programs() -> None:
@@ -15,7 +18,7 @@ def keep_programs() -> None:
     Nothing happens with `EQX_GPT_COMPILATION_CACHE=off`, where `JAX_COMPILATION_CACHE_DIR` is set
     already, or where nothing can be written.
     """
-    if os.environ.get(SWITCH) == "off" or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    if os.environ.get(SWITCH, "").lower() in OFF or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     # XLA's programs for a CPU use all that it can do: another machine may not run them.
@@ -25,7 +28,8 @@ def keep_programs() -> None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         for entry in directory.glob("*-cache"):
             # jax writes a second file once the entry is whole, and fails without it later.
-            if not entry.with_name(entry.name.removesuffix("-cache") + "-atime").exists():
+            whole = entry.with_name(entry.name.removesuffix("-cache") + "-atime").exists()
+            if not whole and time.time() - entry.stat().st_mtime > _WRITING_S:
                 entry.unlink(missing_ok=True)
         writable = os.access(directory, os.W_OK)
     except (OSError, RuntimeError):  # a disk that cannot be written, no home

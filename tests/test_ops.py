@@ -345,6 +345,12 @@ def test_fast_exponential() -> None:
     check(exp_of_negative(jnp.asarray(x), jnp.float32), exact, 1e-6)
 
 
+def test_the_fast_exponential_has_derivatives() -> None:
+    x = jnp.asarray([-3.0, -0.5], jnp.float32)
+    slope = jax.grad(lambda x: jnp.sum(exp_of_negative(x, jnp.bfloat16)))(x)
+    check(slope, np.exp(f64(x)), 2e-4)
+
+
 def test_embedding_sums_its_gradient_in_float32() -> None:
     """4001 times the same row: bfloat16 would stop at 256."""
     for n_row in (11, 2003):  # a product, and a scatter

@@ -73,7 +73,9 @@ def describe_arithmetic(execution: Execution, model: GPTConfig, seq: int) -> str
     products = f"{jnp.dtype(execution.dtype).name} products"
     platform = fused.platform()
     if platform is None:
-        return products
+        if model.dropout:
+            return f"{products}, plain attention because attention in blocks has no dropout"
+        return f"{products}, attention in blocks"
     name = {"cuda": "cuDNN", "tpu": "splash attention"}[platform]
     why = {
         fused.refusal(

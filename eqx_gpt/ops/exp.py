@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
@@ -21,6 +22,7 @@ def exp_of_negative(x: Float[Array, "*shape"], dtype: DTypeLike) -> Float[Array,
     return by_platform(x, cpu=_cubic_exp, default=jnp.exp)
 
 
+@jax.custom_jvp
 def _cubic_exp(x: Array) -> Array:
     # 2^(whole + rest), the whole added to the exponent's bits. Below 2^-126 it is that.
     power = jnp.maximum(x * math.log2(math.e), -126.0)
@@ -30,3 +32,10 @@ def _cubic_exp(x: Array) -> Array:
     fraction = c0 + rest * (c1 + rest * (c2 + rest * c3))
     bits = lax.bitcast_convert_type(fraction, jnp.int32) + (whole.astype(jnp.int32) << 23)
     return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+@_cubic_exp.defjvp
+def _cubic_exp_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    # Bits have no gradient of their own.
+    y = _cubic_exp(*primals)
+    return y, y * tangents[0]

@@ -18,7 +18,9 @@ from jaxtyping import Array, Float
 Platform = Literal["cuda", "tpu"]
 
 _TPU_BLOCK = 128  # splash attention's smallest tile of queries and of keys
-_lowering_for: ContextVar[Platform | None] = ContextVar("lowering_for", default=None)
+_lowering_for: ContextVar[Platform | Literal["cpu"] | None] = ContextVar(
+    "lowering_for", default=None
+)
 
 
 def platform() -> Platform | None:
@@ -27,13 +29,14 @@ def platform() -> Platform | None:
     Asked in Python while a program is traced, not by `lax.platform_dependent`: a branch of cuDNN
     fails where there is none, and one of Pallas is traced, and Pallas imported, on every CPU.
     """
-    here: dict[str, Platform] = {"gpu": "cuda", "tpu": "tpu"}
-    return _lowering_for.get() or here.get(jax.default_backend())
+    here: dict[str, Platform] = {"gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}
+    return here.get(_lowering_for.get() or jax.default_backend())
 
 
 @contextmanager
-def lowering_for(chosen: Platform) -> Iterator[None]:
-    """What is traced within is meant for `chosen`, to be exported from a machine without it.
+def lowering_for(chosen: Platform | Literal["cpu"]) -> Iterator[None]:
+    """What is traced within is meant for `chosen`: to be exported from a machine without it,
+    or to run on the CPU of a machine that has another.
 
     What jax has traced before it uses again: `jax.clear_caches()` first.
     """
