@@ -134,7 +134,7 @@ def generate(
     tokens, as in nanoGPT. Up to there the keys and values of earlier tokens are cached; a
     sliding window has to run the whole window again for each token.
 
-    `eqx_gpt.for_inference(model)` decodes several times as fast as a model in float32.
+    `eqx_gpt.for_inference(model)` is the model laid out for this.
 
     **Arguments:**
 

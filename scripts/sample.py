@@ -39,7 +39,7 @@ class Arguments:
     seed: int = 1337
     """Another seed, other samples."""
     quantize: Literal["none", "bfloat16", "int8"] = "none"
-    """Smaller weights: several times as fast. int8: perplexity about 1 % higher."""
+    """Smaller weights, for speed. int8: perplexity 0.6 % higher, on SmolLM2-135M."""
 
 
 def main() -> int:

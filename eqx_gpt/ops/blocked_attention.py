@@ -37,7 +37,7 @@ def attend(
     group = q.shape[-2] // k.shape[-2]
     run = partial(_attend, window=window, scale=scale, softcap=softcap)
     operands = _queries(q, group), _keys_transposed(k), _keys(v)
-    out, lse = _few_at_a_time(run, operands, _block_size(q.shape[-3]) * q.shape[-3] * group)
+    out, lse = _few_at_a_time(run, operands)
     return _unqueries(out, q.shape), _unqueries(lse[..., None], (*q.shape[:-1], 1))[..., 0]
 
 
@@ -68,7 +68,7 @@ def attend_backward(
         _queries(delta[..., None], group)[..., 0],
     )
     run = partial(_attend_backward, window=window, scale=scale, softcap=softcap)
-    dq_t, dk, dv = _few_at_a_time(run, operands, _block_size(q.shape[-3]) * q.shape[-3] * group)
+    dq_t, dk, dv = _few_at_a_time(run, operands)
     dq = jnp.moveaxis(dq_t, 1, 3)  # n d g s -> n g s d
     return _unqueries(dq, q.shape), _unkeys(dk, k.shape), _unkeys(dv, k.shape)
 
@@ -177,13 +177,14 @@ def _blocks(seq: int) -> list[tuple[int, int]]:
     return [(i, min(i + size, seq)) for i in range(0, seq, size)]
 
 
-def _few_at_a_time(run: Callable, operands: tuple[Array, ...], scores_of_one: int) -> tuple:
+def _few_at_a_time(run: Callable, operands: tuple[Array, ...]) -> tuple:
     """`run` over the leading axis, in as large parts as leave their scores in the caches."""
-    n = operands[0].shape[0]
+    n, group, seq, _ = operands[0].shape  # the queries
+    scores_of_one = group * _block_size(seq) * seq
     few = max(d for d in range(1, n + 1) if n % d == 0 and (d == 1 or d * scores_of_one <= _SCORES))
-    parts = jax.tree.map(lambda x: x.reshape(n // few, few, *x.shape[1:]), operands)
     if n == few:
         return run(*operands)
+    parts = jax.tree.map(lambda x: x.reshape(n // few, few, *x.shape[1:]), operands)
     results = lax.map(lambda part: run(*part), parts)
     return jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), results)
 
