@@ -1,8 +1,11 @@
 """Activations captured, patched and ablated: against float64, and bit for bit where nothing is."""
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -17,6 +20,7 @@ import eqx_gpt
 from eqx_gpt import GPT, inspect
 from eqx_gpt.attribution import attribute
 from eqx_gpt.paths import PathPatching
+from eqx_gpt.pictures import attention_picture, heads_picture, lens_picture
 from eqx_gpt.tap import BLOCK_SITES
 from eqx_gpt.tree import named_arrays
 
@@ -321,10 +325,10 @@ def test_gradient_reaches_a_patched_activation(llama: GPT) -> None:
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("change", [{"remat": "block"}, {"unroll": 3}])
 def test_remat_and_unroll_show_the_same(change: dict) -> None:
-    model = lively(ARCHITECTURES["gemma3"])
+    model = lively(ARCHITECTURES["no_bias"])
     other = model.with_config(dataclasses.replace(model.config, **change))
     tokens = random_tokens(model.config, 2, SEQ)
-    names = ("blocks.*.middle", "blocks.4.attention.weights")
+    names = ("blocks.*.middle", "blocks.2.attention.weights")
 
     def loss(model: GPT) -> tuple[jax.Array, dict[str, jax.Array]]:
         logits, seen = inspect.run(model, tokens, capture=names)
@@ -433,3 +437,34 @@ def test_mistakes_of_attribution_and_paths(llama: GPT) -> None:
         attribute(llama, tokens, np.array([1, 2]), position=7)
     with pytest.raises(ValueError, match=r"shapes \(2, 7\) and \(7,\)"):
         PathPatching.init(llama, tokens, tokens[0])
+
+
+# Pictures and the worked example
+
+
+def test_pictures(llama: GPT, tmp_path: Path) -> None:
+    tokens = random_tokens(llama.config, SEQ)
+    weights = "blocks.*.attention.weights"
+    _, seen = run(llama, tokens, capture=[weights, "blocks.*.output"])
+    labels = [f"${token}" for token in tokens]
+    squares = {f"head {head}": np.asarray(seen[weights][1, head]) for head in (0, 5)}
+    lens = jax.nn.softmax(inspect.logit_lens(llama, seen["blocks.*.output"]))
+    best = np.asarray(lens.max(axis=-1))
+    texts = [[str(token) for token in row] for row in lens.argmax(axis=-1)]
+    figures = [
+        attention_picture(squares, labels),
+        heads_picture({"before": np.ones((2, 6)), "after": np.zeros((2, 6))}, "nats"),
+        lens_picture(best, texts, labels),
+    ]
+    for i, figure in enumerate(figures):
+        figure.savefig(tmp_path / f"{i}.png")
+        assert (tmp_path / f"{i}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_example_runs_from_anywhere(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parent.parent / "scripts/examples/induction.py"
+    command = [sys.executable, str(script), "--max_iters", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("looks") == 2
+    assert (tmp_path / "induction.png").exists()

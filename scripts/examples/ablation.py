@@ -1,13 +1,21 @@
 """Every head of a model silenced in turn: which one does it need to repeat what it has read?
 
-`python -m scripts.examples.ablation`, of SmolLM2-135M unless told otherwise.
+`python scripts/examples/ablation.py`, of SmolLM2-135M unless told otherwise.
 """
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scripts.common import model_source, parse, run_command
+# The repository, in place of this directory.
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
+
+from scripts.environment import prepare_process  # noqa: E402
+
+prepare_process(__name__)  # may start this anew, so it comes before the slow imports
+
+from scripts.common import model_source, parse, run_command  # noqa: E402
 
 if TYPE_CHECKING:
     import jax

@@ -1,14 +1,22 @@
 """Induction heads (Olsson et al. 2022, arXiv:2209.11895), in a model trained here in a minute.
 
 Random tokens that begin again after a while: what follows a token the second time followed it the
-first time. Two layers learn to look there. `python -m scripts.examples.induction`.
+first time. Two layers learn to look there. `python scripts/examples/induction.py`.
 """
 
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
-from scripts.common import parse, run_command
+# The repository, in place of this directory.
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
+
+from scripts.environment import prepare_process  # noqa: E402
+
+prepare_process(__name__)  # may start this anew, so it comes before the slow imports
+
+from scripts.common import parse, run_command  # noqa: E402
 
 
 @dataclass(frozen=True)

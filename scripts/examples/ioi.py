@@ -1,15 +1,23 @@
 """Indirect-object identification, as Wang et al. 2022 (arXiv:2211.00593) took it apart.
 
 "When John and Mary went to the store, Mary gave a drink to": which heads say "John", and which
-tell them whom not to name? `python -m scripts.examples.ioi` prints and draws it.
+tell them whom not to name? `python scripts/examples/ioi.py` prints and draws it.
 """
 
 import itertools
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scripts.common import model_source, parse, run_command
+# The repository, in place of this directory.
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
+
+from scripts.environment import prepare_process  # noqa: E402
+
+prepare_process(__name__)  # may start this anew, so it comes before the slow imports
+
+from scripts.common import model_source, parse, run_command  # noqa: E402
 
 if TYPE_CHECKING:
     import jax
