@@ -11,10 +11,11 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from eqx_gpt.cache import KVCache
 from eqx_gpt.config import GPTConfig
+from eqx_gpt.layers.attention import positions_in
 from eqx_gpt.layers.block import Block
 from eqx_gpt.layers.linear import Embedding, Linear
 from eqx_gpt.layers.norm import Norm
@@ -61,7 +62,13 @@ class GPT(eqx.Module):
             config,
         )
 
-    def __call__(self, tokens: TokensLike, *, key: PRNGKey | None = None) -> Logits:
+    def __call__(
+        self,
+        tokens: TokensLike,
+        *,
+        key: PRNGKey | None = None,
+        starts: Int[Array, "*batch seq"] | None = None,
+    ) -> Logits:
         """Logits of the next token at every position.
 
         **Arguments:**
@@ -69,6 +76,8 @@ class GPT(eqx.Module):
         - `tokens`: integers of shape `(*batch, seq)`, any leading dimensions or none,
           `seq <= config.block_size`.
         - `key`: for dropout. None is evaluation mode.
+        - `starts`: of several documents in a sequence, the index at which that of each token
+          begins. Each is computed as if it were alone. None is one document.
 
         **Returns:** float32 of shape `(*batch, seq, vocab_size)`.
 
@@ -76,7 +85,13 @@ class GPT(eqx.Module):
         axis, if the sequence is empty or longer than `block_size`, or if a token lies outside
         the vocabulary (known only outside jit).
         """
-        hidden, _ = self.hidden(check_tokens(tokens, self.config), key=key)
+        tokens = check_tokens(tokens, self.config)
+        if starts is not None and starts.shape != tokens.shape:
+            raise ValueError(
+                f"starts of shape {starts.shape} do not fit tokens of shape {tokens.shape}; give "
+                "one for each token"
+            )
+        hidden, _ = self.hidden(tokens, key=key, starts=starts)
         return self.unembed(hidden)
 
     def extend(self, tokens: TokensLike, cache: KVCache) -> tuple[Logits, KVCache]:
@@ -90,24 +105,34 @@ class GPT(eqx.Module):
         return self.unembed(hidden), longer
 
     def hidden(
-        self, tokens: Tokens, *, cache: KVCache | None = None, key: PRNGKey | None = None
+        self,
+        tokens: Tokens,
+        *,
+        cache: KVCache | None = None,
+        key: PRNGKey | None = None,
+        starts: Int[Array, "*batch seq"] | None = None,
     ) -> tuple[Hidden, KVCache | None]:
-        """The residual stream after the last norm: all of the model but its head."""
+        """The residual stream after the last norm: all of the model but its head.
+
+        With a cache, which knows itself where its sequences begin, there are no `starts`.
+        """
+        if cache is not None and starts is not None:
+            raise ValueError("give a cache or starts: documents within a sequence are not cached")
         key_embed, key_blocks = (None, None) if key is None else jax.random.split(key)
         x = self.wte(tokens)
         if self.config.embedding_scale == "sqrt_n_embd":
             x = x * jnp.asarray(math.sqrt(self.config.n_embd), x.dtype)
         if self.wpe is not None:
             seq = tokens.shape[-1]
-            positions = jnp.arange(seq) if cache is None else cache.positions(seq)
+            positions = positions_in(starts, seq) if cache is None else cache.positions(seq)
             positions = self.wpe(self.config.position.offset + positions)
             # Summed in float32, and so is the gradient of the positions over the batch.
             positions = jnp.broadcast_to(positions.astype(jnp.float32), x.shape)
             x = (x.astype(jnp.float32) + positions).astype(x.dtype)
         x = dropout(x, self.config.dropout, key_embed)
         if cache is None and isinstance(self.blocks, Block):
-            return self.norm(self._scan_blocks(self.blocks, x, key_blocks)), None
-        x, cache = self._run_blocks(x, cache, key_blocks)
+            return self.norm(self._scan_blocks(self.blocks, x, key_blocks, starts)), None
+        x, cache = self._run_blocks(x, cache, key_blocks, starts)
         return self.norm(x), None if cache is None else cache.advance(tokens.shape[-1])
 
     def unembed(self, hidden: Hidden) -> Logits:
@@ -129,7 +154,11 @@ class GPT(eqx.Module):
         return with_arrays(skeleton, named_arrays(self))
 
     def _run_blocks(
-        self, x: Hidden, cache: KVCache | None, key: PRNGKey | None
+        self,
+        x: Hidden,
+        cache: KVCache | None,
+        key: PRNGKey | None,
+        starts: Int[Array, "*batch seq"] | None,
     ) -> tuple[Hidden, KVCache | None]:
         """One after the other. A loop would copy each layer's part of the cache for every token."""
         n_layer, period = self.config.n_layer, len(self.config.layers)
@@ -139,10 +168,17 @@ class GPT(eqx.Module):
                 block = jax.tree.map(operator.itemgetter(layer), self.blocks)
             else:
                 block = self.blocks[layer]
-            x, cache = block(x, kind=layer % period, cache=cache, layer=layer, key=keys[layer])
+            of_layer = {"kind": layer % period, "layer": layer, "key": keys[layer]}
+            x, cache = block(x, cache=cache, starts=starts, **of_layer)
         return x, cache
 
-    def _scan_blocks(self, blocks: Block, x: Hidden, key: PRNGKey | None) -> Hidden:
+    def _scan_blocks(
+        self,
+        blocks: Block,
+        x: Hidden,
+        key: PRNGKey | None,
+        starts: Int[Array, "*batch seq"] | None,
+    ) -> Hidden:
         n_layer, period = self.config.n_layer, len(self.config.layers)
         arrays, static = eqx.partition(blocks, eqx.is_array)
         keys = None if key is None else jax.random.split(key, n_layer)
@@ -150,7 +186,7 @@ class GPT(eqx.Module):
         def run_block(kind: int, x: Hidden, of_layer: tuple) -> Hidden:
             block_arrays, block_key = of_layer
             block = eqx.combine(block_arrays, static)
-            return block(x, kind=kind, key=block_key)[0]
+            return block(x, kind=kind, key=block_key, starts=starts)[0]
 
         def run_period(x: Hidden, of_layers: tuple, kinds: range) -> Hidden:
             for kind in kinds:

@@ -4,6 +4,7 @@ import math
 
 import equinox as eqx
 import jax
+from jaxtyping import Array, Int
 
 from eqx_gpt.cache import KVCache
 from eqx_gpt.config import GPTConfig
@@ -61,12 +62,15 @@ class Block(eqx.Module):
         cache: KVCache | None = None,
         layer: int = 0,
         key: PRNGKey | None = None,
+        starts: Int[Array, "*batch seq"] | None = None,
     ) -> tuple[Hidden, KVCache | None]:
         """The stream after this block. `kind` is the layer's index in `config.layers`."""
         rate = self.config.dropout
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
         normed = _normed(self.norm1, x)
-        attended, cache = self.attention(normed, kind=kind, cache=cache, layer=layer, key=keys[0])
+        attended, cache = self.attention(
+            normed, kind=kind, cache=cache, layer=layer, key=keys[0], starts=starts
+        )
         after = x + dropout(_normed(self.post_norm1, attended), rate, keys[1])
         match self.config.residual:
             case "parallel":
