@@ -68,7 +68,9 @@ def describe_devices() -> str:
     return kind if count == 1 else f"{kind} (1 of {count})"
 
 
-def describe_arithmetic(execution: Execution, model: GPTConfig, seq: int) -> str:
+def describe_arithmetic(
+    execution: Execution, model: GPTConfig, seq: int, packed: bool = False
+) -> str:
     """The dtype of the products, and where there are fused kernels, which attention runs."""
     products = f"{jnp.dtype(execution.dtype).name} products"
     platform = fused.platform()
@@ -80,7 +82,7 @@ def describe_arithmetic(execution: Execution, model: GPTConfig, seq: int) -> str
     why = {
         fused.refusal(
             platform, dtype=execution.dtype, head_dim=model.head_dim, seq=seq, window=kind.window,
-            softcap=model.attention.softcap, dropout=model.dropout,
+            softcap=model.attention.softcap, dropout=model.dropout, packed=packed,
         )
         for kind in model.layers
     } - {None}  # fmt: skip

@@ -1,7 +1,9 @@
 """The loss on fixed data: some batches during a run, or every token of a split."""
 
+import operator
 from collections.abc import Callable, Iterator
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -9,6 +11,7 @@ from jaxtyping import Int32, Shaped
 
 from eqx_gpt.gpt import GPT
 from train.data import Windows
+from train.packing import PackedWindows, micro_batches, n_learnt
 from train.step import eval_step
 
 Progress = Callable[[int, int], None]
@@ -16,7 +19,7 @@ Progress = Callable[[int, int], None]
 
 def sampled_loss(
     model: GPT,
-    windows: Windows,
+    windows: Windows | PackedWindows,
     *,
     batch_size: int,
     n_batch: int,
@@ -24,19 +27,44 @@ def sampled_loss(
     dtype: DTypeLike,
     progress: Progress,
 ) -> float:
-    """Mean loss, in nats a token, of the first `n_batch` batches of `windows`.
+    """Mean loss, in nats a token learnt, of the first `n_batch` batches of `windows`.
 
     They are fewer if the split ends before. `progress(done, total)` is called after each
     micro-batch and may raise to end the evaluation.
     """
     n_batch = max(1, min(n_batch, windows.per_epoch // batch_size))
     n_micro = batch_size // micro_batch_size
-    losses = []
+    losses, counts = [], []
     for i in range(n_batch):
-        for micro in np.split(windows.batch(i, batch_size), n_micro):
-            losses.append(float(eval_step(model, jnp.asarray(micro), dtype)))
-            progress(len(losses), n_batch * n_micro)
-    return float(np.mean(losses))
+        batch = windows.batch(i, batch_size)
+        parts = jax.tree.map(jnp.asarray, micro_batches(batch, n_micro))
+        of_batch = []
+        for j in range(n_micro):
+            micro = jax.tree.map(operator.itemgetter(j), parts)
+            of_batch.append(float(eval_step(model, micro, dtype)))
+            progress(i * n_micro + j + 1, n_batch * n_micro)
+        losses.append(np.mean(of_batch))
+        counts.append(n_learnt(batch))
+    return float(np.average(losses, weights=counts))
+
+
+def answers_loss(
+    model: GPT,
+    windows: PackedWindows,
+    *,
+    micro_batch_size: int,
+    dtype: DTypeLike,
+    progress: Progress,
+) -> tuple[float, int]:
+    """Mean loss over every token that is learnt of a packed split, and how many those are."""
+    total, count = 0.0, 0
+    for first in range(0, windows.per_epoch, micro_batch_size):
+        part = windows.samples(first, min(micro_batch_size, windows.per_epoch - first))
+        n = n_learnt(part)
+        total += n * float(eval_step(model, jax.tree.map(jnp.asarray, part), dtype))
+        count += n
+        progress(first + len(part.tokens), windows.per_epoch)
+    return total / count, count
 
 
 def split_loss(

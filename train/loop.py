@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from eqx_gpt.config import GPTConfig
 from eqx_gpt.generate import generate
@@ -22,7 +23,7 @@ from eqx_gpt.shapes import PRNGKey
 from eqx_gpt.tree import count_params
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig, model_config
-from train.data import Windows, prefetched
+from train.data import prefetched
 from train.devices import Execution, describe_arithmetic, describe_devices
 from train.display import Display
 from train.evaluate import sampled_loss
@@ -30,6 +31,7 @@ from train.interrupt import Interrupted, Interruption
 from train.manifest import SPLITS, Manifest
 from train.metrics import MetricsFile, extra_loggers, flops_per_token, peak_flops
 from train.optimizer import learning_rate, make_optimizer
+from train.packing import Packed, PackedWindows, describe_packing, micro_batches, windows_of
 from train.plot import plot_losses
 from train.run import RunError, check_startable, has_checkpoint, resumed_model, write_run
 from train.step import (
@@ -122,10 +124,10 @@ class Trainer:
     ) -> None:
         self.config, self.data, self.display = config, data, display
         self.directory = Path(config.out_dir)
-        self.windows = Windows(data.tokens("train"), config.block_size, config.seed)
+        self.windows = windows_of(data, "train", config.block_size, config.seed)
         # Evaluations of different runs compare, so their batches do not depend on the seed.
         self.eval_windows = {
-            split: Windows(data.tokens(split), config.block_size, seed=0) for split in SPLITS
+            split: windows_of(data, split, config.block_size, seed=0) for split in SPLITS
         }
         skeleton = eqx.filter_eval_shape(lambda: GPT.init(model_cfg, key=jax.random.key(0)))
         n_params = count_params(skeleton)
@@ -224,20 +226,22 @@ class Trainer:
                 with clock.paused():
                     self._between_steps(signals)
 
-    def _windows_of(self, step: int) -> Int[Array, "accum micro seq_plus_1"]:
+    def _windows_of(self, step: int) -> Array | Packed:
+        """Of a step, with the axes accum, micro, seq_plus_1."""
         windows = self.windows.batch(step, self.config.global_batch_size)
-        n_micro, micro_batch_size = self.execution.n_micro, self.execution.micro_batch_size
-        return jnp.asarray(windows.reshape(n_micro, micro_batch_size, -1))
+        return jax.tree.map(jnp.asarray, micro_batches(windows, self.execution.n_micro))
 
     def _step_from_host(
-        self, windows: Int[Array, "accum micro seq_plus_1"], signals: Interruption
+        self, windows: Array | Packed, signals: Interruption
     ) -> tuple[TrainState, StepMetrics]:
         """A step whose micro-batches are seen one by one. Interrupted, it leaves no trace."""
         gradients = Gradients.zero(self.state.model)
-        n_micro, tokens = windows.shape[0], windows.shape[1] * self.config.block_size
+        n_micro = self.execution.n_micro
+        tokens = self.execution.micro_batch_size * self.config.block_size
         start = time.monotonic()
         for i in range(n_micro):
-            gradients = add_gradients((self.recipe, windows[i], self.state), gradients)
+            micro = jax.tree.map(operator.itemgetter(i), windows)
+            gradients = add_gradients((self.recipe, micro, self.state), gradients)
             loss = float(gradients.loss) / (i + 1)
             if i + 1 < n_micro:
                 signals.check()
@@ -349,6 +353,7 @@ class Trainer:
     def _header(self, model_cfg: GPTConfig, n_params: int) -> dict[str, str]:
         config, execution, splits = self.config, self.execution, self.data.splits
         n_tokens = config.global_batch_size * config.block_size
+        packed = isinstance(self.windows, PackedWindows)
         peak = "unknown peak" if self.peak_flops is None else f"peak {self.peak_flops:.3g} FLOP/s"
         if self.steps_done:
             start = f"resumed at step {self.steps_done}"
@@ -359,9 +364,9 @@ class Trainer:
             f"heads, {model_cfg.n_embd} wide, block {model_cfg.block_size}, "
             f"vocabulary {model_cfg.vocab_size}; {start}",
             "data": f"{self.data.name}: {splits['train'].tokens:,} training tokens, "
-            f"{splits['val'].tokens:,} for validation",
+            f"{splits['val'].tokens:,} for validation{describe_packing(self.windows)}",
             "device": f"{describe_devices()}, "
-            f"{describe_arithmetic(execution, model_cfg, config.block_size)}, {peak}",
+            f"{describe_arithmetic(execution, model_cfg, config.block_size, packed)}, {peak}",
             "batch": f"{config.global_batch_size} x {config.block_size} = {n_tokens:,} tokens a "
             f"step, in {execution.n_micro} micro-batches of {execution.micro_batch_size}, "
             f"accumulated on the {execution.accumulate}",

@@ -6,6 +6,7 @@ scans over them inside one program. From the host, `add_gradients` runs one micr
 and be interrupted between two of them. Both give the same step, to rounding.
 """
 
+import operator
 from typing import Any
 
 import equinox as eqx
@@ -20,6 +21,7 @@ from eqx_gpt.config import GPTConfig
 from eqx_gpt.gpt import GPT
 from eqx_gpt.shapes import PRNGKey, Scalar
 from train.loss import next_token_loss
+from train.packing import Packed
 
 
 class TrainState(eqx.Module):
@@ -66,42 +68,51 @@ class Recipe(eqx.Module):
     key: PRNGKey
 
 
-def check_windows(windows: Array, config: GPTConfig, rank: int) -> None:
+def check_windows(windows: Array | Packed, config: GPTConfig, rank: int) -> None:
     """A clear error for a batch that the step cannot take; see `train_step` for the shape."""
-    if not jnp.issubdtype(windows.dtype, jnp.integer):
-        raise TypeError(f"a batch must be integers, token ids, got {windows.dtype}")
-    if windows.ndim != rank:
-        raise ValueError(f"a batch must have {rank} dimensions here, got shape {windows.shape}")
-    if windows.shape[-1] < 2:
-        raise ValueError(f"windows of {windows.shape[-1]} tokens have nothing to predict")
-    if windows.shape[-1] > config.block_size + 1:
+    tokens = windows.tokens if isinstance(windows, Packed) else windows
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise TypeError(f"a batch must be integers, token ids, got {tokens.dtype}")
+    if tokens.ndim != rank:
+        raise ValueError(f"a batch must have {rank} dimensions here, got shape {tokens.shape}")
+    if tokens.shape[-1] < 2:
+        raise ValueError(f"windows of {tokens.shape[-1]} tokens have nothing to predict")
+    if tokens.shape[-1] > config.block_size + 1:
         raise ValueError(
-            f"windows of {windows.shape[-1]} tokens exceed block_size + 1 = "
+            f"windows of {tokens.shape[-1]} tokens exceed block_size + 1 = "
             f"{config.block_size + 1}: the inputs and, one further, the targets"
         )
 
 
 @eqx.filter_jit(donate="all-except-first")
-def train_step(inputs: tuple[Recipe, Array], state: TrainState) -> tuple[TrainState, StepMetrics]:
+def train_step(
+    inputs: tuple[Recipe, Array | Packed], state: TrainState
+) -> tuple[TrainState, StepMetrics]:
     """A whole step. `windows` hold the inputs and, one further, the targets. Donates `state`.
+
+    The loss is the mean over the micro-batches of their means. Of packed documents the weights
+    make it that over the tokens learnt, however these spread (see `PackedWindows.batch`).
 
     **Raises:** TypeError or ValueError for windows of the wrong dtype, rank or length.
     """
     recipe, windows = inputs
     check_windows(windows, state.model.config, rank=3)
 
-    def add(gradients: Gradients, micro: Int[Array, "micro seq_plus_1"]) -> tuple[Gradients, None]:
+    def add(gradients: Gradients, micro: Array | Packed) -> tuple[Gradients, None]:
         return _add(recipe, micro, state, gradients), None
 
-    if windows.shape[0] == 1:
-        gradients = _gradients(recipe, windows[0], state, jnp.zeros((), jnp.int32))
+    if len(jax.tree.leaves(windows)[0]) == 1:
+        micro = jax.tree.map(operator.itemgetter(0), windows)
+        gradients = _gradients(recipe, micro, state, jnp.zeros((), jnp.int32))
     else:
         gradients, _ = lax.scan(add, Gradients.zero(state.model), windows)
     return _apply(recipe, gradients, state)
 
 
 @eqx.filter_jit(donate="all-except-first")
-def add_gradients(inputs: tuple[Recipe, Array, TrainState], gradients: Gradients) -> Gradients:
+def add_gradients(
+    inputs: tuple[Recipe, Array | Packed, TrainState], gradients: Gradients
+) -> Gradients:
     """Add one micro-batch. Donates `gradients`, which start as `Gradients.zero(model)`."""
     recipe, windows, state = inputs
     check_windows(windows, state.model.config, rank=2)
@@ -117,16 +128,22 @@ def apply_gradients(
 
 
 @eqx.filter_jit
-def eval_step(model: GPT, windows: Int[Array, "micro seq_plus_1"], dtype: DTypeLike) -> Scalar:
+def eval_step(
+    model: GPT, windows: Int[Array, "micro seq_plus_1"] | Packed, dtype: DTypeLike
+) -> Scalar:
     """The loss without dropout."""
     return next_token_loss(model, windows, dtype=dtype)
 
 
-def _add(recipe: Recipe, windows: Array, state: TrainState, gradients: Gradients) -> Gradients:
+def _add(
+    recipe: Recipe, windows: Array | Packed, state: TrainState, gradients: Gradients
+) -> Gradients:
     return jax.tree.map(jnp.add, gradients, _gradients(recipe, windows, state, gradients.count))
 
 
-def _gradients(recipe: Recipe, windows: Array, state: TrainState, index: Array) -> Gradients:
+def _gradients(
+    recipe: Recipe, windows: Array | Packed, state: TrainState, index: Array
+) -> Gradients:
     """Of one micro-batch, the step's `index`-th."""
     key = None
     if state.model.config.dropout > 0:
