@@ -55,7 +55,7 @@ class Windows:
 def drawn(
     first: int, n: int, per_epoch: int, seed: int
 ) -> Iterator[tuple[Bool[np.ndarray, " n"], Int64[np.ndarray, " rows"], UInt64[np.ndarray, "1"]]]:
-    """The samples `first` to `first + n` of a run, by epoch: which of them are of it, their windows,
+    """The samples `first` to `first + n` of a run, by epoch: which are of it, their windows,
     from 0 to `per_epoch` - 1, and the epoch's key."""
     samples = np.arange(n, dtype=np.int64) + first
     epochs, within = np.divmod(samples, per_epoch)
