@@ -1,5 +1,6 @@
 """GPT models as Equinox PyTrees: train, load, sample and inspect them."""
 
+from eqx_gpt import inspect as inspect
 from eqx_gpt.cache import KVCache as KVCache
 from eqx_gpt.config import AttentionConfig as AttentionConfig
 from eqx_gpt.config import GPTConfig as GPTConfig

@@ -23,6 +23,7 @@ from eqx_gpt.ops.cross_entropy import head_logits
 from eqx_gpt.ops.dropout import dropout
 from eqx_gpt.ops.int8 import Int8
 from eqx_gpt.shapes import Hidden, Logits, PRNGKey, Tokens, TokensLike
+from eqx_gpt.tap import NO_TAP, Taps
 from eqx_gpt.tree import named_arrays, with_arrays
 
 
@@ -111,6 +112,7 @@ class GPT(eqx.Module):
         cache: KVCache | None = None,
         key: PRNGKey | None = None,
         starts: Int[Array, "*batch seq"] | None = None,
+        taps: Taps | None = None,
     ) -> tuple[Hidden, KVCache | None]:
         """The residual stream after the last norm: all of the model but its head.
 
@@ -118,22 +120,28 @@ class GPT(eqx.Module):
         """
         if cache is not None and starts is not None:
             raise ValueError("give a cache or starts: documents within a sequence are not cached")
+        tap = NO_TAP if taps is None else taps.outside
         key_embed, key_blocks = (None, None) if key is None else jax.random.split(key)
         x = self.wte(tokens)
         if self.config.embedding_scale == "sqrt_n_embd":
             x = x * jnp.asarray(math.sqrt(self.config.n_embd), x.dtype)
+        x = tap("embedding", x)
         if self.wpe is not None:
             seq = tokens.shape[-1]
             positions = positions_in(starts, seq) if cache is None else cache.positions(seq)
-            positions = self.wpe(self.config.position.offset + positions)
+            positions = tap("positions", self.wpe(self.config.position.offset + positions))
             # Summed in float32, and so is the gradient of the positions over the batch.
             positions = jnp.broadcast_to(positions.astype(jnp.float32), x.shape)
             x = (x.astype(jnp.float32) + positions).astype(x.dtype)
         x = dropout(x, self.config.dropout, key_embed)
         if cache is None and isinstance(self.blocks, Block):
-            return self.norm(self._scan_blocks(self.blocks, x, key_blocks, starts)), None
-        x, cache = self._run_blocks(x, cache, key_blocks, starts)
-        return self.norm(x), None if cache is None else cache.advance(tokens.shape[-1])
+            x, kept = self._scan_blocks(self.blocks, x, key_blocks, starts, taps)
+        else:
+            x, cache, kept = self._run_blocks(x, cache, key_blocks, starts, taps)
+        if taps is not None:
+            taps.shown.update(kept)
+        x = tap("norm", self.norm(x))
+        return x, None if cache is None else cache.advance(tokens.shape[-1])
 
     def unembed(self, hidden: Hidden) -> Logits:
         return head_logits(hidden, self.head_weight, self.head_bias, self.config.logit_softcap)
@@ -159,18 +167,22 @@ class GPT(eqx.Module):
         cache: KVCache | None,
         key: PRNGKey | None,
         starts: Int[Array, "*batch seq"] | None,
-    ) -> tuple[Hidden, KVCache | None]:
+        taps: Taps | None,
+    ) -> tuple[Hidden, KVCache | None, dict[str, Array]]:
         """One after the other. A loop would copy each layer's part of the cache for every token."""
         n_layer, period = self.config.n_layer, len(self.config.layers)
         keys = [None] * n_layer if key is None else jax.random.split(key, n_layer)
+        kept: dict[str, Array] = {}
         for layer in range(n_layer):
-            if isinstance(self.blocks, Block):
-                block = jax.tree.map(operator.itemgetter(layer), self.blocks)
-            else:
-                block = self.blocks[layer]
-            of_layer = {"kind": layer % period, "layer": layer, "key": keys[layer]}
+            block = self._block(layer)
+            if taps is not None and layer == 0:
+                kept = self._room(block, x, taps)
+            tap = NO_TAP if taps is None else taps.at(layer)
+            of_layer = {"kind": layer % period, "layer": layer, "key": keys[layer], "tap": tap}
             x, cache = block(x, cache=cache, starts=starts, **of_layer)
-        return x, cache
+            if taps is not None:
+                kept = taps.keep(kept, tap.seen, layer)
+        return x, cache, kept
 
     def _scan_blocks(
         self,
@@ -178,38 +190,60 @@ class GPT(eqx.Module):
         x: Hidden,
         key: PRNGKey | None,
         starts: Int[Array, "*batch seq"] | None,
-    ) -> Hidden:
+        taps: Taps | None,
+    ) -> tuple[Hidden, dict[str, Array]]:
         n_layer, period = self.config.n_layer, len(self.config.layers)
         arrays, static = eqx.partition(blocks, eqx.is_array)
         keys = None if key is None else jax.random.split(key, n_layer)
+        kept = {} if taps is None else self._room(self._block(0), x, taps)
 
-        def run_block(kind: int, x: Hidden, of_layer: tuple) -> Hidden:
-            block_arrays, block_key = of_layer
+        def run_block(kind: int, x: Hidden, of_layer: tuple) -> tuple[Hidden, dict[str, Array]]:
+            block_arrays, block_key, layer = of_layer
             block = eqx.combine(block_arrays, static)
-            return block(x, kind=kind, key=block_key, starts=starts)[0]
+            tap = NO_TAP if taps is None else taps.at(layer)
+            return block(x, kind=kind, key=block_key, starts=starts, tap=tap)[0], tap.seen
 
-        def run_period(x: Hidden, of_layers: tuple, kinds: range) -> Hidden:
+        def run_period(carry: tuple, of_layers: tuple, kinds: range) -> tuple:
+            x, kept = carry
             for kind in kinds:
-                run: Callable[..., Hidden] = partial(run_block, kind)
+                run: Callable[..., tuple[Hidden, dict]] = partial(run_block, kind)
                 if self.config.remat == "block":
                     run = jax.checkpoint(run, prevent_cse=False)
-                x = run(x, jax.tree.map(operator.itemgetter(kind), of_layers))
-            return x
+                of_layer = jax.tree.map(operator.itemgetter(kind), of_layers)
+                x, seen = run(x, of_layer)
+                if taps is not None:
+                    kept = taps.keep(kept, seen, of_layer[-1])
+            return x, kept
 
         # The kinds are static within a period, so the scan runs over periods.
         n_left = n_layer % period
         n_whole = n_layer - n_left
-        per_layer = (arrays, keys)
+        per_layer = (arrays, keys, None if taps is None else jnp.arange(n_layer))
         whole = jax.tree.map(lambda x: x[:n_whole].reshape(-1, period, *x.shape[1:]), per_layer)
         left = jax.tree.map(lambda x: x[n_whole:], per_layer)
         unroll = max(1, min(self.config.unroll, n_layer) // period)
-        x, _ = lax.scan(
-            lambda x, of_period: (run_period(x, of_period, range(period)), None),
-            x,
+        carry, _ = lax.scan(
+            lambda carry, of_period: (run_period(carry, of_period, range(period)), None),
+            (x, kept),
             whole,
             unroll=unroll,
         )
-        return run_period(x, left, range(n_left))
+        return run_period(carry, left, range(n_left))
+
+    def _block(self, layer: int) -> Block:
+        if isinstance(self.blocks, Block):
+            return jax.tree.map(operator.itemgetter(layer), self.blocks)
+        return self.blocks[layer]
+
+    def _room(self, block: Block, x: Hidden, taps: Taps) -> dict[str, Array]:
+        """Where to keep what the blocks show."""
+
+        def seen(x: Hidden) -> dict[str, Array]:
+            tap = taps.shows()
+            block(x, tap=tap)
+            return tap.seen
+
+        return taps.room(jax.eval_shape(seen, x))
 
 
 def check_tokens(tokens: TokensLike, config: GPTConfig, *, any_length: bool = False) -> Tokens:

@@ -1,5 +1,8 @@
 """Self-attention: one fused projection to queries, keys and values, and one back."""
 
+from collections.abc import Callable
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -10,9 +13,10 @@ from eqx_gpt.config import GPTConfig
 from eqx_gpt.layers.linear import Linear
 from eqx_gpt.layers.norm import Norm
 from eqx_gpt.layers.rope import rotate
-from eqx_gpt.ops.attention import causal_attention
+from eqx_gpt.ops.attention import causal_attention, causal_scores, mix
 from eqx_gpt.ops.cached_attention import cached_attention
 from eqx_gpt.shapes import Hidden, PRNGKey
+from eqx_gpt.tap import NO_TAP, Tap
 
 
 def positions_in(starts: Int[Array, "*batch seq"] | None, seq: int) -> Int[Array, "*batch seq"]:
@@ -63,6 +67,7 @@ class Attention(eqx.Module):
         layer: int = 0,
         key: PRNGKey | None = None,
         starts: Int[Array, "*batch seq"] | None = None,
+        tap: Tap = NO_TAP,
     ) -> tuple[Hidden, KVCache | None]:
         """Attend within `x`, or from `x` to all that `layer` of the cache holds and to `x`.
 
@@ -76,6 +81,7 @@ class Attention(eqx.Module):
         if position.kind == "rope":
             positions = positions_in(starts, seq) if cache is None else cache.positions(seq)
             q, k = rotate(q, positions, position), rotate(k, positions, position)
+        q, k, v = tap("attention.q", q), tap("attention.k", k), tap("attention.v", v)
         window, scale, softcap = config.layers[kind].window, parts.scale, parts.softcap
         if cache is not None:
             cache = cache.append(layer, k, v)
@@ -91,6 +97,11 @@ class Attention(eqx.Module):
                 key=key,
                 starts=starts,
             )
+            if tap.of_pairs:
+                scores = partial(
+                    causal_scores, window=window, scale=scale, softcap=softcap, starts=starts
+                )
+                mixed = _tapped(tap, scores, q, k, v, mixed)
         else:
             mixed = cached_attention(
                 q,
@@ -102,6 +113,7 @@ class Attention(eqx.Module):
                 scale=scale,
                 softcap=softcap,
             )
+        mixed = tap("attention.heads", mixed)
         return self.out(mixed.reshape(*batch, seq, -1)), cache
 
     def _project(
@@ -126,3 +138,28 @@ class Attention(eqx.Module):
         together = (*x.shape[:-1], -1)
         normed_q, normed_k = self.q_norm(q.reshape(together)), self.k_norm(k.reshape(together))
         return normed_q.reshape(q.shape), normed_k.reshape(k.shape), v
+
+
+def _tapped(
+    tap: Tap, scores: Callable[..., Array], q: Array, k: Array, v: Array, mixed: Array
+) -> Float[Array, "*batch seq head head_dim"]:
+    """`mixed`, but for the heads whose scores or weights the tap changes."""
+
+    def look(q: Array, k: Array, v: Array, mixed: Array) -> tuple[Array, dict[str, Array]]:
+        here = Tap(tap.of_pairs, tap.layer, tap.n_layer)
+        plain = scores(q, k)
+        weights = jax.nn.softmax(here("attention.scores", plain), axis=-1)
+        weights = here("attention.weights", weights)
+        if all(request.edit is None for request in here.requests):
+            return mixed, here.seen
+        changed = jnp.any(weights != jax.nn.softmax(plain, axis=-1), axis=(-2, -1))
+        changed = jnp.broadcast_to(changed[..., None, :, None], mixed.shape)
+        return jnp.where(changed, mix(weights, v), mixed), here.seen
+
+    def pass_by(q: Array, k: Array, v: Array, mixed: Array) -> tuple[Array, dict[str, Array]]:
+        _, unseen = jax.eval_shape(look, q, k, v, mixed)
+        return mixed, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), unseen)
+
+    mixed, seen = tap.where_asked(tap.of_pairs, look, pass_by, q, k, v, mixed)
+    tap.seen.update(seen)
+    return mixed

@@ -13,6 +13,7 @@ from eqx_gpt.layers.mlp import MLP
 from eqx_gpt.layers.norm import Norm
 from eqx_gpt.ops.dropout import dropout
 from eqx_gpt.shapes import Hidden, PRNGKey
+from eqx_gpt.tap import NO_TAP, Tap
 
 
 class Block(eqx.Module):
@@ -63,15 +64,18 @@ class Block(eqx.Module):
         layer: int = 0,
         key: PRNGKey | None = None,
         starts: Int[Array, "*batch seq"] | None = None,
+        tap: Tap = NO_TAP,
     ) -> tuple[Hidden, KVCache | None]:
         """The stream after this block. `kind` is the layer's index in `config.layers`."""
         rate = self.config.dropout
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
-        normed = _normed(self.norm1, x)
+        x = tap("input", x)
+        normed = tap("attention.input", _normed(self.norm1, x))
         attended, cache = self.attention(
-            normed, kind=kind, cache=cache, layer=layer, key=keys[0], starts=starts
+            normed, kind=kind, cache=cache, layer=layer, key=keys[0], starts=starts, tap=tap
         )
-        after = x + dropout(_normed(self.post_norm1, attended), rate, keys[1])
+        attended = tap("attention.output", _normed(self.post_norm1, attended))
+        after = tap("middle", x + dropout(attended, rate, keys[1]))
         match self.config.residual:
             case "parallel":
                 fed = _normed(self.norm2, x)
@@ -79,7 +83,9 @@ class Block(eqx.Module):
                 fed = normed
             case _:
                 fed = _normed(self.norm2, after)
-        return after + dropout(_normed(self.post_norm2, self.mlp(fed)), rate, keys[2]), cache
+        fed = self.mlp(tap("mlp.input", fed), tap=tap)
+        fed = tap("mlp.output", _normed(self.post_norm2, fed))
+        return tap("output", after + dropout(fed, rate, keys[2])), cache
 
 
 def _normed(norm: Norm | None, x: Hidden) -> Hidden:

@@ -8,6 +8,7 @@ from eqx_gpt.config import GPTConfig
 from eqx_gpt.layers.linear import Linear
 from eqx_gpt.ops.pointwise import Activation, activate, activate_gated
 from eqx_gpt.shapes import Hidden, PRNGKey
+from eqx_gpt.tap import NO_TAP, Tap
 
 
 class MLP(eqx.Module):
@@ -30,8 +31,8 @@ class MLP(eqx.Module):
             config.mlp.activation,
         )
 
-    def __call__(self, x: Hidden) -> Hidden:
-        return self.down(self._inner(x))
+    def __call__(self, x: Hidden, *, tap: Tap = NO_TAP) -> Hidden:
+        return self.down(tap("mlp.inner", self._inner(x)))
 
     def _inner(self, x: Hidden) -> Float[Array, "*batch seq d_ff"]:
         if self.gate is None:

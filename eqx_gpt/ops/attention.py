@@ -46,6 +46,31 @@ def causal_attention(
     return _attention(q, k, v, starts, window, scale, softcap)
 
 
+def causal_scores(
+    q: Float[Array, "*batch seq head head_dim"],
+    k: Float[Array, "*batch seq kv_head head_dim"],
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    starts: Int[Array, "*batch seq"] | None = None,
+) -> Float[Array, "*batch head seq seq"]:
+    """The scores of `causal_attention` for all pairs, float32; -inf for what a query cannot see."""
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scores = _grouped_scores(q, k, starts, window, scale, softcap)
+    return scores.reshape(*q.shape[:-3], q.shape[-2], q.shape[-3], q.shape[-3])
+
+
+def mix(
+    weights: Float[Array, "*batch head seq seq"], v: Float[Array, "*batch seq kv_head head_dim"]
+) -> Float[Array, "*batch seq head head_dim"]:
+    """Each head's mean of the values by given weights, in the values' dtype."""
+    *batch, head, seq, _ = weights.shape
+    grouped = weights.reshape(*batch, v.shape[-2], head // v.shape[-2], seq, seq)
+    mixed = jnp.einsum("...kgst,...tkd->...skgd", grouped.astype(v.dtype), v)
+    return mixed.reshape(*batch, seq, head, v.shape[-1])
+
+
 # Both platforms' paths keep the same few arrays for the backward pass. Differentiating through the
 # choice instead would keep what either of them wants.
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -116,6 +141,21 @@ def _plain_attention(
     dropout_rate: float = 0.0,
     key: PRNGKey | None = None,
 ) -> Array:
+    scores = _grouped_scores(q, k, starts, window, scale, softcap)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    weights = dropout(weights, dropout_rate, key)
+    mixed = jnp.einsum("...kgst,...tkd->...skgd", weights, v)
+    return mixed.reshape(q.shape)
+
+
+def _grouped_scores(
+    q: Array,
+    k: Array,
+    starts: Array | None,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, "*batch kv_head group seq seq"]:
     *batch, seq, head, head_dim = q.shape
     kv_head = k.shape[-2]
     grouped = q.reshape(*batch, seq, kv_head, head // kv_head, head_dim)
@@ -131,8 +171,4 @@ def _plain_attention(
         visible = visible & (
             lax.broadcasted_iota(first.dtype, scores.shape, scores.ndim - 1) >= first
         )
-    scores = jnp.where(visible, scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    weights = dropout(weights, dropout_rate, key)
-    mixed = jnp.einsum("...kgst,...tkd->...skgd", weights, v)
-    return mixed.reshape(q.shape)
+    return jnp.where(visible, scores, -jnp.inf)
