@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from eqx_gpt import lora
 from eqx_gpt.config import GPTConfig
 from eqx_gpt.gpt import GPT
 from eqx_gpt.sharding import shardings
@@ -24,7 +25,7 @@ from weights.family import from_hf
 from weights.gguf_model import open_gguf
 from weights.hub import Source, find, weight_files
 from weights.rules import LAYER, KeyMap, Rule, key_shapes
-from weights.run import read_run_arrays, read_run_config
+from weights.run import read_run_arrays, read_run_config, read_run_lora
 from weights.tensors import DTYPES, StoredTensor, aligned_empty, open_tensors, row_blocks
 
 MOST_THREADS = 4  # memory is the limit, not arithmetic
@@ -38,6 +39,7 @@ def from_pretrained(
     dtype: DType | Literal["auto"] = "float32",
     revision: str | None = None,
     mesh: Mesh | None = None,
+    merge: bool = True,
 ) -> GPT:
     """A model with its trained weights.
 
@@ -51,6 +53,7 @@ def from_pretrained(
     - `revision`: branch, tag or commit on the hub.
     - `mesh`: the devices to split the model over, as `eqx_gpt.sharding` says; None is the first
       device. Each shard is read by itself: in the memory of the host there is no more at a time.
+    - `merge`: the low-rank adapters of a run become part of its weights; False keeps them apart.
 
     **Returns:** the model, with dropout 0 unless it comes from a run.
 
@@ -63,7 +66,7 @@ def from_pretrained(
         )
     source = find(name_or_path, revision)
     if source.kind == "run":
-        return _load_run(source.path, dtype, mesh)
+        return _load_run(source.path, dtype, mesh, merge)
     return _load_files(source, dtype, mesh)
 
 
@@ -100,9 +103,16 @@ def _placed(model: GPT, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def _load_run(run_dir: Path, dtype: str, mesh: Mesh | None) -> GPT:
-    model = skeleton(read_run_config(run_dir), "float32" if dtype == "auto" else dtype)
-    return with_arrays(model, read_run_arrays(run_dir, _placed(model, mesh)))
+def _load_run(run_dir: Path, dtype: str, mesh: Mesh | None, merge: bool) -> GPT:
+    dtype = "float32" if dtype == "auto" else dtype
+    adapters = read_run_lora(run_dir)
+    # Merged in float32, and only then rounded.
+    model = skeleton(read_run_config(run_dir), "float32" if merge and adapters else dtype)
+    if adapters is not None:
+        model = eqx.filter_eval_shape(lora.init, model, adapters, key=jax.random.key(0))
+        model = model if merge else eqx.filter_eval_shape(cast, model, jnp.dtype(dtype))
+    model = with_arrays(model, read_run_arrays(run_dir, _placed(model, mesh)))
+    return cast(lora.merge(model), jnp.dtype(dtype)) if merge and adapters else model
 
 
 def _open_hf(source: Source) -> tuple[GPTConfig, KeyMap, dict[str, StoredTensor]]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from eqx_gpt.config import GPTConfig, did_you_mean
 from eqx_gpt.gpt import GPT
+from eqx_gpt.lora import adapters
 from eqx_gpt.tokenizer import Tokenizer
 from eqx_gpt.tree import named_arrays
 from weights.errors import WeightsError, write_json
@@ -97,7 +98,12 @@ def save_pretrained(
 
 
 def check_saveable(model: GPT) -> None:
-    """WeightsError for a model that is laid out for decoding."""
+    """WeightsError for a model that is laid out for decoding, or that has adapters."""
+    if adapters(model):
+        raise WeightsError(
+            "this model has low-rank adapters; save eqx_gpt.lora.merge(model), or the adapters "
+            "alone with weights.save_adapter"
+        )
     if isinstance(model.blocks, tuple):
         raise WeightsError(
             "this model is laid out for decoding, with smaller numbers (eqx_gpt.for_inference); "
