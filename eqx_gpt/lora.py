@@ -32,11 +32,11 @@ def init(model: Model, config: LoRAConfig, *, key: PRNGKey) -> Model:
     if adapters(model):
         raise ValueError("this model has adapters already; merge or detach them first")
     maps = targets(model)
+    if any(linear.weight.ndim != 3 for linear in maps.values()):
+        raise ValueError("this model is laid out for decoding; adapt the one it was made from")
     chosen = matching(maps, config.targets)
     new = {}
     for name, map_key in zip(chosen, jax.random.split(key, len(chosen)), strict=True):
-        if len(maps[name].weight.shape) != 3:
-            raise ValueError("this model is laid out for decoding; adapt the one it was made from")
         n_layer, n_out, n_in = maps[name].weight.shape
 
         def of_layer(key: PRNGKey, n_in: int = n_in, n_out: int = n_out) -> LowRank:

@@ -48,17 +48,13 @@ def main() -> int:
 
     # jax is imported from here on: a mistyped flag need not wait for it.
     from eqx_gpt.tree import count_params
-    from weights import from_pretrained, gguf, save, save_adapter, save_gguf, save_pretrained
-    from weights.adapters import base_of
-    from weights.hub import find
-    from weights.load import model_type_of
+    from weights import from_pretrained, gguf, save, save_gguf, save_pretrained
+    from weights.load import convert_adapter, model_type_of
     from weights.tokenizer import find_tokenizer
 
     source, revision = options.source, options.revision
     if not options.merge:
-        adapted = from_pretrained(source, merge=False)
-        base = base_of(find(source, revision))
-        save_adapter(adapted, options.target, base=base, model_type=model_type_of(source))
+        convert_adapter(source, options.target)
         return 0
     (gguf if to_gguf else save).check_target(options.target)  # before hours of download
     read_as = "float32" if dtype == "q8_0" else dtype

@@ -24,7 +24,8 @@ from eqx_gpt import lora
 from eqx_gpt.gpt import GPT
 from eqx_gpt.layers.linear import LowRank
 from eqx_gpt.zoo import HUB_IDS
-from weights.directory import check_target, replacing
+from weights import directory as directories
+from weights.directory import replacing
 from weights.errors import WeightsError, raise_problems, read_json, write_json
 from weights.families import family_for
 from weights.hub import Source
@@ -134,9 +135,10 @@ def save_adapter(
     """
     if not lora.adapters(model):
         raise WeightsError("this model has no low-rank adapters; save it with save_pretrained")
-    target = check_target(directory, WRITTEN_HERE, "an adapter")
+    target = check_target(directory)
     family, held = family_for(model.config, model_type)
-    rules = _rules(model, family.key_map(held))
+    key_map = family.key_map(held)
+    rules = _rules(model, key_map)
     modules: dict[str, _Module] = {}
     for name, adapter in lora.adapters(model).items():
         modules |= _separated(rules[name], adapter)
@@ -156,7 +158,7 @@ def save_adapter(
         "target_modules": _target_modules(rules, modules, model),
         "rank_pattern": {k: len(m.a) for k, m in others.items()},
         "alpha_pattern": {k: m.scale * len(m.a) for k, m in others.items()},
-        "fan_in_fan_out": any(rule.op == "transpose" for rule in rules.values()),
+        "fan_in_fan_out": any(rule.op == "transpose" for rule in key_map.rules),
     }
     tensors = {}
     for key, module in modules.items():
@@ -167,6 +169,11 @@ def save_adapter(
     with replacing(target) as partial:
         write_json(partial / CONFIG, described)
         save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
+
+
+def check_target(directory: str | Path) -> Path:
+    """Where adapters may be written. WeightsError if that would destroy something else."""
+    return directories.check_target(directory, WRITTEN_HERE, "an adapter")
 
 
 def adapter_source(name_or_path: str | Path, revision: str | None = None) -> Source:

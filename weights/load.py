@@ -19,7 +19,7 @@ from eqx_gpt.config import GPTConfig
 from eqx_gpt.gpt import GPT
 from eqx_gpt.sharding import shardings
 from eqx_gpt.tree import cast, named_arrays, with_arrays
-from weights.adapters import base_of, load_adapter
+from weights.adapters import base_of, check_target, load_adapter, save_adapter
 from weights.errors import WeightsError, raise_problems, read_json
 from weights.families import family_of
 from weights.family import from_hf
@@ -88,6 +88,17 @@ def model_type_of(name_or_path: str | Path, *, revision: str | None = None) -> s
         return None
     where = f"{source.location}/config.json"
     return family_of(read_json(source.file("config.json")), where).model_type
+
+
+def convert_adapter(source: str | Path, target: str | Path) -> None:
+    """The adapters of a run, or of a directory of PEFT, alone as such a directory.
+
+    WeightsError as `from_pretrained` and `save_adapter`.
+    """
+    check_target(target)
+    model, found = from_pretrained(source, merge=False), find(source)
+    base = base_of(found) if found.kind in ("run", "adapter") else None
+    save_adapter(model, target, base=base, model_type=model_type_of(source))
 
 
 @lru_cache(maxsize=4)
