@@ -93,7 +93,7 @@ class TrainConfig:
     """The learning rate after its decay."""
 
     eval_interval: int = 2000
-    """Steps between evaluations; there is one more at the end."""
+    """Steps between evaluations; there is one more at the end, and one of pretrained weights."""
     eval_iters: int = 200
     """Batches of batch_size in an evaluation of each split, the same ones every time."""
     eval_only: bool = False

@@ -255,6 +255,8 @@ class Trainer:
         """What is due after `steps_done` steps: evaluation, sample, checkpoint."""
         config, step = self.config, self.steps_done
         if step == 0:
+            if config.init_from != "scratch":  # what the weights that were given are worth
+                self._evaluate(signals)
             return
         at_end = step == config.max_iters
         if (step % config.eval_interval == 0 or at_end) and self.progress.evaluated_at != step:
