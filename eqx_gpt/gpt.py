@@ -1,8 +1,9 @@
 """GPT: embeddings, a stack of blocks, a norm and a head."""
 
+import dataclasses
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import equinox as eqx
@@ -13,6 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
+from eqx_gpt import lora
 from eqx_gpt.cache import KVCache
 from eqx_gpt.config import GPTConfig
 from eqx_gpt.layers.attention import positions_in
@@ -158,8 +160,27 @@ class GPT(eqx.Module):
     def with_config(self, config: GPTConfig) -> "GPT":
         """The same weights under a config that asks for the same arrays: another dropout,
         `unroll` or `remat`. KeyError or ValueError if it asks for others."""
+        return self._made_of(named_arrays(lora.detach(self)), config)
+
+    def crop_block_size(self, block_size: int) -> "GPT":
+        """The model for shorter sequences, as nanoGPT's `crop_block_size`: a table of learned
+        positions loses its last rows. ValueError if `block_size` exceeds the model's."""
+        config = self.config
+        if block_size > config.block_size:
+            raise ValueError(
+                f"block_size={block_size} exceeds the {config.block_size} that the model was made "
+                f"for; give {config.block_size} or less"
+            )
+        config = dataclasses.replace(config, block_size=block_size)
+        arrays = named_arrays(lora.detach(self))
+        if self.wpe is not None:
+            arrays["wpe.weight"] = arrays["wpe.weight"][: config.position.offset + block_size]
+        return self._made_of(arrays, config)
+
+    def _made_of(self, arrays: Mapping[str, Array], config: GPTConfig) -> "GPT":
+        """A model of these arrays, adapters apart, which are this one's."""
         skeleton = eqx.filter_eval_shape(lambda: GPT.init(config, key=jax.random.key(0)))
-        return with_arrays(skeleton, named_arrays(self))
+        return lora.attach(with_arrays(skeleton, arrays), lora.adapters(self))
 
     def _run_blocks(
         self,

@@ -169,7 +169,7 @@ def test_a_step_is_that_of_the_mean_over_all_answers(windows, setup, expected):
     state = jax.tree.map(jnp.copy, TrainState.init(model, optimizer))
     on_device, device_metrics = train_step((recipe, micro), state)
     state = jax.tree.map(jnp.copy, TrainState.init(model, optimizer))
-    gradients = Gradients.zero(jax.tree.map(jnp.zeros_like, state.model))
+    gradients = Gradients.zero(state.params)
     for i in range(n):
         part = jax.tree.map(lambda x, i=i: x[i], micro)
         gradients = add_gradients((recipe, part, state), gradients)

@@ -34,7 +34,9 @@ class Execution:
     unroll: int
 
     @staticmethod
-    def choose(config: TrainConfig, model: GPTConfig, n_params: int, platform: str) -> "Execution":
+    def choose(
+        config: TrainConfig, model: GPTConfig, n_params: int, platform: str, n_frozen: int = 0
+    ) -> "Execution":
         """For a model of so many parameters on `platform` ("cpu", "gpu", "tpu")."""
         on_cpu = platform == "cpu"
         auto = jnp.float32 if on_cpu and not cpu_multiplies_bfloat16() else jnp.bfloat16
@@ -42,8 +44,8 @@ class Execution:
         micro = config.micro_batch_size
         if micro is None:
             tokens_flops = flops_per_token(
-                n_params, model.n_layer, model.n_embd, config.block_size
-            )  # fmt: skip
+                n_params, model.n_layer, model.n_embd, config.block_size, n_frozen
+            )
             budget = _CPU_MICRO_BATCH_FLOPS.get(dtype.name, 1e12)
             affordable = budget / (tokens_flops * config.block_size)
             micro = _largest_divisor(config.batch_size, affordable) if on_cpu else config.batch_size

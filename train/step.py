@@ -25,30 +25,43 @@ from train.packing import Packed
 
 
 class TrainState(eqx.Module):
-    """What a step changes and a checkpoint holds. `step` counts the steps done."""
+    """What a step changes and a checkpoint holds, and beside it the parts that stay as they are.
 
-    model: GPT
+    `params` and `frozen` are the model, each with None for the leaves of the other: gradients and
+    the optimizer's moments are those of `params` alone. `step` counts the steps done.
+    """
+
+    params: GPT
+    frozen: GPT
     opt_state: PyTree
     step: Int[Array, ""]
 
     @staticmethod
-    def init(model: GPT, optimizer: optax.GradientTransformation) -> "TrainState":
-        params: Any = model  # any PyTree; optax's annotation knows fewer
-        return TrainState(model, optimizer.init(params), jnp.zeros((), jnp.int32))
+    def init(
+        model: GPT, optimizer: optax.GradientTransformation, trainable: PyTree = True
+    ) -> "TrainState":
+        """`trainable` is True for the leaves that learn, as `eqx.partition` takes it."""
+        params, frozen = eqx.partition(model, trainable)
+        opt_state = optimizer.init(params)
+        return TrainState(params, frozen, opt_state, jnp.zeros((), jnp.int32))
+
+    @property
+    def model(self) -> GPT:
+        return eqx.combine(self.params, self.frozen)
 
 
 class Gradients(eqx.Module):
     """Sums over the micro-batches so far."""
 
     loss: Scalar
-    model: GPT
+    params: GPT
     count: Int[Array, ""]
 
     @staticmethod
-    def zero(model: GPT) -> "Gradients":
+    def zero(params: GPT) -> "Gradients":
         return Gradients(
             jnp.zeros((), jnp.float32),
-            jax.tree.map(jnp.zeros_like, model),
+            jax.tree.map(jnp.zeros_like, params),
             jnp.zeros((), jnp.int32),
         )
 
@@ -96,7 +109,7 @@ def train_step(
     **Raises:** TypeError or ValueError for windows of the wrong dtype, rank or length.
     """
     recipe, windows = inputs
-    check_windows(windows, state.model.config, rank=3)
+    check_windows(windows, state.params.config, rank=3)
 
     def add(gradients: Gradients, micro: Array | Packed) -> tuple[Gradients, None]:
         return _add(recipe, micro, state, gradients), None
@@ -105,7 +118,7 @@ def train_step(
         micro = jax.tree.map(operator.itemgetter(0), windows)
         gradients = _gradients(recipe, micro, state, jnp.zeros((), jnp.int32))
     else:
-        gradients, _ = lax.scan(add, Gradients.zero(state.model), windows)
+        gradients, _ = lax.scan(add, Gradients.zero(state.params), windows)
     return _apply(recipe, gradients, state)
 
 
@@ -113,9 +126,9 @@ def train_step(
 def add_gradients(
     inputs: tuple[Recipe, Array | Packed, TrainState], gradients: Gradients
 ) -> Gradients:
-    """Add one micro-batch. Donates `gradients`, which start as `Gradients.zero(model)`."""
+    """Add one micro-batch. Donates `gradients`, which start as `Gradients.zero(state.params)`."""
     recipe, windows, state = inputs
-    check_windows(windows, state.model.config, rank=2)
+    check_windows(windows, state.params.config, rank=2)
     return _add(recipe, windows, state, gradients)
 
 
@@ -146,11 +159,15 @@ def _gradients(
 ) -> Gradients:
     """Of one micro-batch, the step's `index`-th."""
     key = None
-    if state.model.config.dropout > 0:
+    if state.params.config.dropout > 0:
         # A function of (seed, step, micro-batch): nothing random has to be saved.
         key = jax.random.fold_in(jax.random.fold_in(recipe.key, state.step), index)
-    loss_fn = eqx.filter_value_and_grad(next_token_loss)
-    loss, grads = loss_fn(state.model, windows, dtype=recipe.dtype, key=key)
+
+    def loss_of(params: GPT) -> Scalar:
+        model = eqx.combine(params, state.frozen)
+        return next_token_loss(model, windows, dtype=recipe.dtype, key=key)
+
+    loss, grads = eqx.filter_value_and_grad(loss_of)(state.params)
     return Gradients(loss, grads, jnp.ones((), jnp.int32))
 
 
@@ -158,9 +175,9 @@ def _apply(
     recipe: Recipe, gradients: Gradients, state: TrainState
 ) -> tuple[TrainState, StepMetrics]:
     count = gradients.count.astype(jnp.float32)
-    grads = jax.tree.map(lambda g: g / count, gradients.model)
-    params: Any = state.model
+    grads = jax.tree.map(lambda g: g / count, gradients.params)
+    params: Any = state.params  # any PyTree; optax's annotation knows fewer
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, params)
-    model = eqx.apply_updates(state.model, updates)
+    params = eqx.apply_updates(state.params, updates)
     metrics = StepMetrics(gradients.loss / count, optax.tree.norm(grads))
-    return TrainState(model, opt_state, state.step + 1), metrics
+    return TrainState(params, state.frozen, opt_state, state.step + 1), metrics

@@ -12,6 +12,7 @@ from eqx_gpt.tokenizer import (
     Tokenizer,
     tokenizer_from_spec,
 )
+from weights.adapters import base_of
 from weights.errors import WeightsError, read_json, write_json
 from weights.gguf_file import read_gguf
 from weights.gguf_tokenizer import read_tokenizer
@@ -55,7 +56,7 @@ def find_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
             raise WeightsError(f"{file.path}: {error}") from error
     path = source.find_file("tokenizer.json", SPEC, "merges.txt")
     if path is None:
-        return None
+        return find_tokenizer(base_of(source)) if source.kind == "adapter" else None
     try:
         if path.name == SPEC:
             return tokenizer_from_spec(read_json(path))
