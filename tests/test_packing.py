@@ -14,7 +14,7 @@ from eqx_gpt import GPT, GPTConfig
 from eqx_gpt.ops.cross_entropy import cross_entropy
 from eqx_gpt.tree import named_arrays
 from train.config import TrainConfig
-from train.evaluate import answers_loss, sampled_loss
+from train.evaluate import answers_loss, dataset_measures, sampled_loss
 from train.loop import train
 from train.loss import next_token_loss
 from train.manifest import BEGINS, LEARNT
@@ -198,6 +198,23 @@ def test_evaluation_is_over_all_answers(windows, setup, expected):
             model, windows, batch_size=batch_size, n_batch=n, micro_batch_size=1, **options
         )
         assert sampled == pytest.approx(expected, rel=2e-6)
+
+
+def test_eval_py_measures_the_answers(tmp_path, setup):
+    data = make(tmp_path, val_fraction=0.3)
+    config = dataclasses.replace(CONFIG, vocab_size=data.vocab_size, block_size=101)
+    model = GPT.init(config, key=jax.random.key(0))
+    options = {"block_size": 101, "micro_batch_size": 3, "dtype": jnp.float32}
+    options["progress"] = lambda done, total: None
+    found = dataset_measures(model, data, "val", stride=None, **options)
+    assert found["tokens"] == data.splits["val"].flags.learnt
+    assert found["bits_per_byte"] is None
+    assert found["perplexity"] == pytest.approx(np.exp(found["loss"]))
+    assert found["loss"] == pytest.approx(np.log(data.vocab_size), rel=0.05)
+    with pytest.raises(ValueError, match="stride=7 does not apply to 'mine', conversations"):
+        dataset_measures(model, data, "val", stride=7, **options)
+    with pytest.raises(ValueError, match="block_size=102 is outside 1 to the model's 101"):
+        dataset_measures(model, data, "val", stride=None, **options | {"block_size": 102})
 
 
 def test_no_weights_and_no_starts_are_a_plain_window(setup):
