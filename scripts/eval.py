@@ -69,8 +69,7 @@ def main() -> int:
     with reporting(f"evaluating {dataset}/{options.split}", total, "tokens") as update:
         result = dataset_measures(
             model, data, options.split, block_size=block_size, stride=options.stride,
-            micro_batch_size=options.batch_size, dtype=options.precision,
-            progress=lambda done, _: update(done),
+            micro_batch_size=options.batch_size, dtype=options.precision, progress=update,
         )  # fmt: skip
     where = {"dataset": dataset, "split": options.split, "block_size": block_size}
     print(json.dumps(result | where | {"stride": options.stride, "precision": options.precision}))

@@ -205,7 +205,7 @@ def test_eval_py_measures_the_answers(tmp_path, setup):
     config = dataclasses.replace(CONFIG, vocab_size=data.vocab_size, block_size=101)
     model = GPT.init(config, key=jax.random.key(0))
     options = {"block_size": 101, "micro_batch_size": 3, "dtype": jnp.float32}
-    options["progress"] = lambda done, total: None
+    options["progress"] = lambda done: None
     found = dataset_measures(model, data, "val", stride=None, **options)
     assert found["tokens"] == data.splits["val"].flags.learnt
     assert found["bits_per_byte"] is None

@@ -138,15 +138,18 @@ def dataset_measures(
     stride: int | None,
     micro_batch_size: int,
     dtype: DTypeLike,
-    progress: Progress,
+    progress: Callable[[int], None],
 ) -> dict[str, float | int | None]:
     """`measures` of a split and, as `tokens`, of how many it is: all, or of conversations those
-    that are learnt, for whose text alone no bytes are counted. Errors as `split_loss`."""
+    that are learnt, for whose text alone no bytes are counted. `progress` is told how many tokens
+    of the split are done. Errors as `split_loss`."""
     tokens, flags = data.tokens(split), data.flags(split)
     options = {"micro_batch_size": micro_batch_size, "dtype": dtype}
     if flags is None:
         sizes = {"block_size": block_size, "stride": stride}
-        loss, count = split_loss(model, tokens, **sizes, **options, progress=progress)
+        loss, count = split_loss(
+            model, tokens, **sizes, **options, progress=lambda done, _: progress(done)
+        )
         return {**measures(loss, count, data.splits[split].bytes), "tokens": count}
     if stride is not None:
         raise ValueError(
@@ -156,7 +159,7 @@ def dataset_measures(
     n = len(tokens) - 1
     windows = PackedWindows(tokens, flags, block_size, seed=0)
     loss, count = answers_loss(
-        model, windows, **options, progress=lambda done, total: progress(done * n // total, n)
+        model, windows, **options, progress=lambda done, total: progress(done * n // total)
     )
     return {**measures(loss, count, count), "bits_per_byte": None, "tokens": count}
 
