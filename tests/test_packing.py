@@ -19,6 +19,7 @@ from train.loop import train
 from train.loss import next_token_loss
 from train.manifest import BEGINS, LEARNT
 from train.packing import Packed, PackedWindows, best_fit, micro_batches
+from train.run import RunError
 from train.step import Gradients, Recipe, TrainState, add_gradients, apply_gradients, train_step
 
 BLOCK = 19
@@ -239,3 +240,9 @@ def test_a_run_learns_the_answers_and_resumes_exactly(tmp_path):
     train(half, data)
     resumed = train(dataclasses.replace(half, max_iters=16), data, resume=True)
     assert resumed.val_loss == whole.val_loss
+    split = data.splits["train"]
+    flags = dataclasses.replace(split.flags, sha256="0" * 64)
+    splits = data.splits | {"train": dataclasses.replace(split, flags=flags)}
+    other = dataclasses.replace(data, splits=splits)
+    with pytest.raises(RunError, match="train split of dataset 'mine' had other answers"):
+        train(dataclasses.replace(half, max_iters=20), other, resume=True)

@@ -118,6 +118,8 @@ def resumed_model(config: TrainConfig, data: Manifest) -> GPTConfig:
                 f"{split} split of dataset {data.name!r} had sha256 {was['sha256'][:12]}..., "
                 f"now {now['sha256'][:12]}..."
             )
+        elif now.get("flags") != was.get("flags"):
+            conflicts.append(f"{split} split of dataset {data.name!r} had other answers to learn")
     if conflicts:
         raise RunError(
             f"cannot resume {config.out_dir!r}: {'; '.join(conflicts)}. Leave these as they were, "
