@@ -10,10 +10,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from eqx_gpt import inspect
-from eqx_gpt.gpt import GPT
+from eqx_gpt.gpt import GPT, check_tokens
 from eqx_gpt.layers.block import Block
 from eqx_gpt.layers.norm import Norm
 from eqx_gpt.shapes import TokensLike
@@ -62,7 +62,8 @@ def attribute(
     """
     if not isinstance(model.blocks, Block):
         raise ValueError("this model is laid out for inference; give the original")
-    batch, seq = jnp.shape(tokens)[:-1], jnp.shape(tokens)[-1]
+    *batch, seq = check_tokens(tokens, model.config).shape
+    batch = tuple(batch)
     if not -seq <= position < seq:
         raise ValueError(f"position {position} lies outside a sequence of {seq} tokens")
     learned = model.wpe is not None

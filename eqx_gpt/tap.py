@@ -42,7 +42,7 @@ BLOCK_SITES = {
 }
 _PAIRS = ("attention.scores", "attention.weights")
 
-Edit = Array | Callable[[Array, Int[Array, ""] | None], Array]
+Edit = Array | np.ndarray | Callable[[Array, Int[Array, ""] | None], Array]
 
 
 @dataclass(frozen=True)
@@ -168,9 +168,9 @@ class Taps:
         for request in self.requests:
             if request.edit is None:
                 all_of_site = self.shown[request.site]
-                slots = np.searchsorted(self._layers(request.site), request.layers)
                 every = request.name.startswith("blocks.*")
-                found[request.name] = all_of_site if every else all_of_site[int(slots[0])]
+                slot = self._layers(request.site).index(request.layers[0] or 0)
+                found[request.name] = all_of_site if every else all_of_site[slot]
         return {name: found[name] for name in captures}
 
 

@@ -1,13 +1,19 @@
 """What the model should compute, in float64 NumPy from the formulas; one sequence at a time."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from eqx_gpt.config import GPTConfig, NormConfig, PositionConfig
 
 F64 = np.ndarray
+Tap = Callable[[str, F64], F64]
+
+
+def no_tap(_: str, value: F64) -> F64:
+    return value
+
 
 ACTIVATIONS = {
     "gelu": lambda x: x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2,
@@ -85,16 +91,20 @@ def attention(
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    tap: Tap = no_tap,
 ) -> F64:
     """(seq, head, head_dim), (cache, kv_head, head_dim) -> (seq, head, head_dim)."""
-    out = np.zeros(q.shape)
+    scores = np.full((q.shape[1], len(q), len(k)), -np.inf)
     for i, h in np.ndindex(q.shape[:2]):
         group, end = h // (q.shape[1] // k.shape[1]), min(offset + i + 1, len(k))
         start = 0 if window is None else max(0, offset + i + 1 - window)
-        scores = k[start:end, group] @ q[i, h] * (scale or q.shape[-1] ** -0.5)
-        scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
-        out[i, h] = softmax(scores) @ v[start:end, group]
-    return out
+        seen = k[start:end, group] @ q[i, h] * (scale or q.shape[-1] ** -0.5)
+        scores[h, i, start:end] = seen if softcap is None else softcap * np.tanh(seen / softcap)
+    weights = tap("attention.weights", softmax(tap("attention.scores", scores)))
+    out = np.zeros(q.shape)
+    for i, h in np.ndindex(q.shape[:2]):
+        out[i, h] = weights[h, i] @ v[:, h // (q.shape[1] // k.shape[1])]
+    return tap("attention.heads", out)
 
 
 def attention_gradients(q: F64, k: F64, v: F64, g: F64, offset: int = 0) -> tuple[F64, F64, F64]:
@@ -141,8 +151,13 @@ def cross_entropy(hidden: F64, weight: F64, targets: np.ndarray) -> tuple[float,
     return loss, d_logits @ weight, d_logits.T @ hidden
 
 
-def gpt(config: GPTConfig, arrays: Mapping[str, np.ndarray], tokens: np.ndarray) -> F64:
-    """Logits (seq, vocab) of tokens (seq,), given the arrays of `named_arrays`."""
+def gpt(
+    config: GPTConfig, arrays: Mapping[str, np.ndarray], tokens: np.ndarray, tap: Tap = no_tap
+) -> F64:
+    """Logits (seq, vocab) of tokens (seq,), given the arrays of `named_arrays`.
+
+    `tap` sees every activation by its name, and may change it.
+    """
     arrays = {name: np.asarray(x, np.float64) for name, x in arrays.items()}
     seq, width = len(tokens), config.head_dim
     n_q, n_kv = config.n_head, config.n_kv_head
@@ -171,12 +186,18 @@ def gpt(config: GPTConfig, arrays: Mapping[str, np.ndarray], tokens: np.ndarray)
     x = arrays["wte.weight"][tokens]
     if config.embedding_scale == "sqrt_n_embd":
         x = x * math.sqrt(config.n_embd)
+    x = tap("embedding", x)
     if config.position.kind == "learned":
-        x = x + arrays["wpe.weight"][config.position.offset + positions]
+        x = x + tap("positions", arrays["wpe.weight"][config.position.offset + positions])
     for layer in range(config.n_layer):
         kind = config.layers[layer % len(config.layers)]
         position = kind.position or config.position
-        normed = block_norm("norm1", x, layer)
+
+        def of_block(site: str, value: F64, layer: int = layer) -> F64:
+            return tap(f"blocks.{layer}.{site}", value)
+
+        x = of_block("input", x)
+        normed = of_block("attention.input", block_norm("norm1", x, layer))
         heads = linear("attention.qkv", normed, layer)
         if config.attention.clip_qkv is not None:
             heads = np.clip(heads, -config.attention.clip_qkv, config.attention.clip_qkv)
@@ -190,16 +211,20 @@ def gpt(config: GPTConfig, arrays: Mapping[str, np.ndarray], tokens: np.ndarray)
             k = block_norm("attention.k_norm", k, layer)
         if position.kind == "rope":
             q, k = rotate(q, positions, position), rotate(k, positions, position)
-        mixed = attention(q, k, v, 0, kind.window, config.attention.scale, config.attention.softcap)
+        q, k = of_block("attention.q", q), of_block("attention.k", k)
+        v, parts = of_block("attention.v", v), config.attention
+        mixed = attention(q, k, v, 0, kind.window, parts.scale, parts.softcap, of_block)
         attended = linear("attention.out", mixed.reshape(seq, n_q * width), layer)
-        after = x + block_norm("post_norm1", attended, layer)
+        attended = of_block("attention.output", block_norm("post_norm1", attended, layer))
+        after = of_block("middle", x + attended)
         y = {"parallel": x, "parallel_shared_norm": normed}.get(config.residual, after)
-        y = block_norm("norm2", y, layer)
+        y = of_block("mlp.input", block_norm("norm2", y, layer))
         act = ACTIVATIONS[config.mlp.activation]
         inner = linear("mlp.up", y, layer)
         gated = config.mlp.kind == "gated"
         inner = act(linear("mlp.gate", y, layer)) * inner if gated else act(inner)
-        x = after + block_norm("post_norm2", linear("mlp.down", inner, layer), layer)
-    x = norm(config.norm, x, arrays.get("norm.weight"), arrays.get("norm.bias"))
+        fed = linear("mlp.down", of_block("mlp.inner", inner), layer)
+        x = of_block("output", after + of_block("mlp.output", block_norm("post_norm2", fed, layer)))
+    x = tap("norm", norm(config.norm, x, arrays.get("norm.weight"), arrays.get("norm.bias")))
     head = arrays["wte.weight" if config.head == "tied" else "head.weight"]
-    return head_logits(x, head, arrays.get("head.bias"), config.logit_softcap)
+    return tap("logits", head_logits(x, head, arrays.get("head.bias"), config.logit_softcap))

@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,16 @@ def check_logits(model: eqx_gpt.GPT, hf: Any, seq: int) -> None:
     difference = np.abs(found - expected).max() / np.abs(expected).max()
     print(f"logits, seq {seq}: {difference:.1e} of the largest")
     assert difference <= 2e-5
+
+
+def check_all(name: str, ours: Iterable[Any], theirs: Iterable[torch.Tensor]) -> None:
+    """Layer by layer, relative to the largest number of each."""
+    for found, tensor in zip(ours, theirs, strict=True):
+        expected = tensor.numpy()
+        assert found.shape == expected.shape
+        difference = np.abs(np.asarray(found) - expected).max() / np.abs(expected).max()
+        print(f"{name}: {difference:.1e} of the largest")
+        assert difference <= 2e-5
 
 
 def check_greedy(model: eqx_gpt.GPT, hf: Any) -> None:

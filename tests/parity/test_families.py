@@ -12,6 +12,7 @@ from cases import BLOCK, CASES, hf_config
 from make_fixtures import FIXTURES, expected
 from safetensors.numpy import load_file
 
+from eqx_gpt import inspect
 from weights import from_pretrained, save_pretrained
 from weights.families import FAMILIES
 
@@ -47,6 +48,21 @@ def test_every_family_has_cases() -> None:
 def test_logits(case: Any, seq: int) -> None:
     hf, _, model = case
     oracle.check_logits(model, hf, seq)
+
+
+def test_hidden_states_and_attentions(case: Any) -> None:
+    """The stream before each block, the last one after the last norm, and all weights."""
+    hf, _, model = case
+    tokens = oracle.tokens_of(11, hf.config.vocab_size)
+    usual = hf.config._attn_implementation
+    hf.set_attn_implementation("eager")
+    with torch.no_grad():
+        theirs = hf(torch.from_numpy(tokens), output_hidden_states=True, output_attentions=True)
+    hf.set_attn_implementation(usual)
+    weights = "blocks.*.attention.weights"
+    _, ours = inspect.run(model, tokens, capture=("blocks.*.input", "norm", weights))
+    oracle.check_all("hidden states", [*ours["blocks.*.input"], ours["norm"]], theirs.hidden_states)
+    oracle.check_all("attentions", ours[weights], theirs.attentions)
 
 
 def test_greedy_with_cache(case: Any) -> None:

@@ -1,0 +1,1 @@
+"""Worked examples of looking inside a model, as the README shows them."""
