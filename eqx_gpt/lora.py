@@ -32,7 +32,7 @@ def init(model: Model, config: LoRAConfig, *, key: PRNGKey) -> Model:
     if adapters(model):
         raise ValueError("this model has adapters already; merge or detach them first")
     maps = targets(model)
-    if any(linear.weight.ndim != 3 for linear in maps.values()):
+    if any(len(linear.weight.shape) != 3 for linear in maps.values()):
         raise ValueError("this model is laid out for decoding; adapt the one it was made from")
     try:
         chosen = matching(maps, config.targets)

@@ -23,7 +23,7 @@ from train.run import run_config
 from weights import from_pretrained, save_pretrained
 
 START = GPTConfig(
-    block_size=17, vocab_size=40, n_layer=3, n_head=2, n_embd=14, head="untied",
+    block_size=17, vocab_size=40, n_layer=2, n_head=2, n_embd=14, head="untied",
     norm=NormConfig("rmsnorm", bias=False), position=PositionConfig("rope"),
     attention=AttentionConfig(n_kv_head=1, head_dim=6, qkv_bias=False, out_bias=False),
     mlp=MLPConfig("gated", "silu", n_inner=11, bias=False),
