@@ -32,9 +32,12 @@ def init(model: Model, config: LoRAConfig, *, key: PRNGKey) -> Model:
     if adapters(model):
         raise ValueError("this model has adapters already; merge or detach them first")
     maps = targets(model)
-    if any(linear.weight.ndim != 3 for linear in maps.values()):
+    if any(len(linear.weight.shape) != 3 for linear in maps.values()):
         raise ValueError("this model is laid out for decoding; adapt the one it was made from")
-    chosen = matching(maps, config.targets)
+    try:
+        chosen = matching(maps, config.targets)
+    except ValueError as error:
+        raise ValueError(f"targets of low-rank adapters: {error}") from None
     new = {}
     for name, map_key in zip(chosen, jax.random.split(key, len(chosen)), strict=True):
         n_layer, n_out, n_in = maps[name].weight.shape

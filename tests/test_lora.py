@@ -31,7 +31,6 @@ from weights import (
 
 CONFIG = LoRAConfig(rank=3, alpha=7.0, targets="blocks.attention.*,blocks.mlp.down")
 NAMES = ["blocks.attention.qkv", "blocks.attention.out", "blocks.mlp.down"]
-KINDS = ["gpt2", "llama"]
 
 
 def adapted(name="gpt2", config=CONFIG):
@@ -49,9 +48,8 @@ def difference(found, expected):
     return np.abs(np.asarray(found) - expected).max() / np.abs(expected).max()
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_new_adapters_change_nothing(name):
-    plain = lively(ARCHITECTURES[name])
+def test_new_adapters_change_nothing():
+    plain = lively(ARCHITECTURES["gpt2"])
     model = lora.init(plain, CONFIG, key=jax.random.key(1))
     tokens = random_tokens(plain.config, 3, 7)
     np.testing.assert_array_equal(model(tokens), plain(tokens))
@@ -65,9 +63,8 @@ def test_new_adapters_change_nothing(name):
     np.testing.assert_array_equal(lora.detach(model)(tokens), plain(tokens))
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_adapters_and_their_merge_against_float64(name):
-    model = adapted(name)
+def test_adapters_and_their_merge_against_float64():
+    model = adapted("llama")
     arrays = {k: np.asarray(x, np.float64) for k, x in named_arrays(lora.detach(model)).items()}
     for path, low_rank in lora.adapters(model).items():
         a, b = np.asarray(low_rank.a, np.float64), np.asarray(low_rank.b, np.float64)
@@ -79,7 +76,7 @@ def test_adapters_and_their_merge_against_float64(name):
     assert difference(merged(tokens), expected) <= 2e-5
     assert not lora.adapters(merged)
     assert difference(lora.detach(model)(tokens), expected) > 0.01
-    assert jax.tree.structure(merged) == jax.tree.structure(lively(ARCHITECTURES[name]))
+    assert jax.tree.structure(merged) == jax.tree.structure(lively(ARCHITECTURES["llama"]))
 
 
 def test_an_adapted_model_decodes_and_is_laid_out():
@@ -153,7 +150,7 @@ def test_gradients_of_adapters_are_those_of_the_weight():
 def test_a_step_holds_no_gradient_or_moment_of_frozen_weights():
     """By the memory of the compiled step, in which the model outweighs everything else."""
     shape = eqx_gpt.GPTConfig(
-        n_layer=2, n_head=2, n_embd=256, block_size=8, vocab_size=997, unroll=2
+        n_layer=1, n_head=2, n_embd=256, block_size=8, vocab_size=997
     )  # fmt: skip
     windows = jnp.zeros((1, 1, 9), jnp.int32)
     bytes_of = {}
