@@ -7,6 +7,7 @@ from eqx_gpt.config import GPTConfig as GPTConfig
 from eqx_gpt.config import LayerConfig as LayerConfig
 from eqx_gpt.config import LinearScaling as LinearScaling
 from eqx_gpt.config import Llama3Scaling as Llama3Scaling
+from eqx_gpt.config import LoRAConfig as LoRAConfig
 from eqx_gpt.config import MLPConfig as MLPConfig
 from eqx_gpt.config import NormConfig as NormConfig
 from eqx_gpt.config import PositionConfig as PositionConfig

@@ -369,6 +369,32 @@ class GPTConfig:
         return _from_dict(GPTConfig, values)
 
 
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters of linear maps (Hu et al. 2021, arXiv:2106.09685).
+
+    `targets` are patterns over the names of the maps, such as `blocks.attention.*,blocks.mlp.up`
+    (`eqx_gpt.tree.matching`). What an adapter adds is multiplied by `alpha / rank`.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: str = "blocks.*"
+
+    def __post_init__(self) -> None:
+        _check_positive_int("LoRAConfig", "rank", self.rank)
+        _check_positive(self, "alpha")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> "LoRAConfig":
+        """The inverse of `dataclasses.asdict`. An unknown field is a ValueError that names it."""
+        return _from_dict(LoRAConfig, values)
+
+
 RESIDUALS = ("pre_norm", "post_norm", "sandwich", "parallel", "parallel_shared_norm")
 _PARTS: dict[str, type] = {
     "norm": NormConfig,

@@ -1,8 +1,9 @@
 """GPT: embeddings, a stack of blocks, a norm and a head."""
 
+import dataclasses
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import equinox as eqx
@@ -11,10 +12,12 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
+from eqx_gpt import lora
 from eqx_gpt.cache import KVCache
 from eqx_gpt.config import GPTConfig
+from eqx_gpt.layers.attention import positions_in
 from eqx_gpt.layers.block import Block
 from eqx_gpt.layers.linear import Embedding, Linear
 from eqx_gpt.layers.norm import Norm
@@ -62,7 +65,13 @@ class GPT(eqx.Module):
             config,
         )
 
-    def __call__(self, tokens: TokensLike, *, key: PRNGKey | None = None) -> Logits:
+    def __call__(
+        self,
+        tokens: TokensLike,
+        *,
+        key: PRNGKey | None = None,
+        starts: Int[Array, "*batch seq"] | None = None,
+    ) -> Logits:
         """Logits of the next token at every position.
 
         **Arguments:**
@@ -70,6 +79,8 @@ class GPT(eqx.Module):
         - `tokens`: integers of shape `(*batch, seq)`, any leading dimensions or none,
           `seq <= config.block_size`.
         - `key`: for dropout. None is evaluation mode.
+        - `starts`: of several documents in a sequence, the index at which that of each token
+          begins. Each is computed as if it were alone. None is one document.
 
         **Returns:** float32 of shape `(*batch, seq, vocab_size)`.
 
@@ -77,7 +88,13 @@ class GPT(eqx.Module):
         axis, if the sequence is empty or longer than `block_size`, or if a token lies outside
         the vocabulary (known only outside jit).
         """
-        hidden, _ = self.hidden(check_tokens(tokens, self.config), key=key)
+        tokens = check_tokens(tokens, self.config)
+        if starts is not None and starts.shape != tokens.shape:
+            raise ValueError(
+                f"starts of shape {starts.shape} do not fit tokens of shape {tokens.shape}; give "
+                "one for each token"
+            )
+        hidden, _ = self.hidden(tokens, key=key, starts=starts)
         return self.unembed(hidden)
 
     def extend(self, tokens: TokensLike, cache: KVCache) -> tuple[Logits, KVCache]:
@@ -96,9 +113,15 @@ class GPT(eqx.Module):
         *,
         cache: KVCache | None = None,
         key: PRNGKey | None = None,
+        starts: Int[Array, "*batch seq"] | None = None,
         taps: Taps | None = None,
     ) -> tuple[Hidden, KVCache | None]:
-        """The residual stream after the last norm: all of the model but its head."""
+        """The residual stream after the last norm: all of the model but its head.
+
+        With a cache, which knows itself where its sequences begin, there are no `starts`.
+        """
+        if cache is not None and starts is not None:
+            raise ValueError("give a cache or starts: documents within a sequence are not cached")
         tap = NO_TAP if taps is None else taps.outside
         key_embed, key_blocks = (None, None) if key is None else jax.random.split(key)
         x = self.wte(tokens)
@@ -107,16 +130,16 @@ class GPT(eqx.Module):
         x = tap("embedding", x)
         if self.wpe is not None:
             seq = tokens.shape[-1]
-            positions = jnp.arange(seq) if cache is None else cache.positions(seq)
+            positions = positions_in(starts, seq) if cache is None else cache.positions(seq)
             positions = tap("positions", self.wpe(self.config.position.offset + positions))
             # Summed in float32, and so is the gradient of the positions over the batch.
             positions = jnp.broadcast_to(positions.astype(jnp.float32), x.shape)
             x = (x.astype(jnp.float32) + positions).astype(x.dtype)
         x = dropout(x, self.config.dropout, key_embed)
         if cache is None and isinstance(self.blocks, Block):
-            x, kept = self._scan_blocks(self.blocks, x, key_blocks, taps)
+            x, kept = self._scan_blocks(self.blocks, x, key_blocks, starts, taps)
         else:
-            x, cache, kept = self._run_blocks(x, cache, key_blocks, taps)
+            x, cache, kept = self._run_blocks(x, cache, key_blocks, starts, taps)
         if taps is not None:
             taps.shown.update(kept)
         x = tap("norm", self.norm(x))
@@ -137,11 +160,35 @@ class GPT(eqx.Module):
     def with_config(self, config: GPTConfig) -> "GPT":
         """The same weights under a config that asks for the same arrays: another dropout,
         `unroll` or `remat`. KeyError or ValueError if it asks for others."""
+        return self._made_of(named_arrays(lora.detach(self)), config)
+
+    def crop_block_size(self, block_size: int) -> "GPT":
+        """The model for shorter sequences, as nanoGPT's `crop_block_size`: a table of learned
+        positions loses its last rows. ValueError if `block_size` exceeds the model's."""
+        config = self.config
+        if block_size > config.block_size:
+            raise ValueError(
+                f"block_size={block_size} exceeds the {config.block_size} that the model was made "
+                f"for; give {config.block_size} or less"
+            )
+        config = dataclasses.replace(config, block_size=block_size)
+        arrays = named_arrays(lora.detach(self))
+        if self.wpe is not None:
+            arrays["wpe.weight"] = arrays["wpe.weight"][: config.position.offset + block_size]
+        return self._made_of(arrays, config)
+
+    def _made_of(self, arrays: Mapping[str, Array], config: GPTConfig) -> "GPT":
+        """A model of these arrays, adapters apart, which are this one's."""
         skeleton = eqx.filter_eval_shape(lambda: GPT.init(config, key=jax.random.key(0)))
-        return with_arrays(skeleton, named_arrays(self))
+        return lora.attach(with_arrays(skeleton, arrays), lora.adapters(self))
 
     def _run_blocks(
-        self, x: Hidden, cache: KVCache | None, key: PRNGKey | None, taps: Taps | None
+        self,
+        x: Hidden,
+        cache: KVCache | None,
+        key: PRNGKey | None,
+        starts: Int[Array, "*batch seq"] | None,
+        taps: Taps | None,
     ) -> tuple[Hidden, KVCache | None, dict[str, Array]]:
         """One after the other. A loop would copy each layer's part of the cache for every token."""
         n_layer, period = self.config.n_layer, len(self.config.layers)
@@ -152,15 +199,19 @@ class GPT(eqx.Module):
             if taps is not None and layer == 0:
                 kept = self._room(block, x, taps)
             tap = NO_TAP if taps is None else taps.at(layer)
-            x, cache = block(
-                x, kind=layer % period, cache=cache, layer=layer, key=keys[layer], tap=tap
-            )
+            of_layer = {"kind": layer % period, "layer": layer, "key": keys[layer], "tap": tap}
+            x, cache = block(x, cache=cache, starts=starts, **of_layer)
             if taps is not None:
                 kept = taps.keep(kept, tap.seen, layer)
         return x, cache, kept
 
     def _scan_blocks(
-        self, blocks: Block, x: Hidden, key: PRNGKey | None, taps: Taps | None
+        self,
+        blocks: Block,
+        x: Hidden,
+        key: PRNGKey | None,
+        starts: Int[Array, "*batch seq"] | None,
+        taps: Taps | None,
     ) -> tuple[Hidden, dict[str, Array]]:
         n_layer, period = self.config.n_layer, len(self.config.layers)
         arrays, static = eqx.partition(blocks, eqx.is_array)
@@ -171,7 +222,7 @@ class GPT(eqx.Module):
             block_arrays, block_key, layer = of_layer
             block = eqx.combine(block_arrays, static)
             tap = NO_TAP if taps is None else taps.at(layer)
-            return block(x, kind=kind, key=block_key, tap=tap)[0], tap.seen
+            return block(x, kind=kind, key=block_key, starts=starts, tap=tap)[0], tap.seen
 
         def run_period(carry: tuple, of_layers: tuple, kinds: range) -> tuple:
             x, kept = carry

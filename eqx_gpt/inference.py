@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from eqx_gpt.gpt import GPT
 from eqx_gpt.layers.linear import Embedding, Linear
+from eqx_gpt.lora import merge
 from eqx_gpt.ops.int8 import Int8
 from eqx_gpt.tree import cast
 
@@ -21,8 +22,8 @@ def for_inference(model: GPT, quantize: str | None = None) -> GPT:
     only looked up stay. SmolLM2-135M (its four-bit file) on 20,480 tokens of Shakespeare: the
     perplexity rises from 45.25 to 45.53, and 94.7 % of the likeliest tokens stay the same.
 
-    Not for training, and not for saving: every layer is a block of its own, so that no program
-    has to copy its weights out of the stack.
+    Adapters are merged. Not for training, and not for saving: every layer is a block of its own,
+    so that no program has to copy its weights out of the stack.
 
     **Raises:** ValueError for an unknown `quantize`, or if the model is laid out already.
     """
@@ -35,6 +36,7 @@ def for_inference(model: GPT, quantize: str | None = None) -> GPT:
 
 @eqx.filter_jit
 def _laid_out(model: GPT, int8: bool) -> GPT:
+    model = merge(model)
     n_layer = model.config.n_layer
     blocks = tuple(jax.tree.map(operator.itemgetter(i), model.blocks) for i in range(n_layer))
     model = eqx.tree_at(lambda m: m.blocks, model, blocks)

@@ -15,6 +15,7 @@ _AXES: dict[Role, Axes] = {
     "embedding": ("tensor", "fsdp"),
     "weight": ("tensor", "fsdp"),
     "bias": ("tensor",),
+    "lora": (),
     "norm": (),
 }
 # The maps that write to the residual stream.
@@ -31,7 +32,7 @@ def shardings(model: PyTree, mesh: Mesh) -> dict[str, NamedSharding]:
     | weights of `qkv`, `up`, `gate`, `head` | out, in | tensor, fsdp |
     | weights of `out` and `down` | out, in | fsdp, tensor |
     | biases of `qkv`, `up`, `gate`, `head` | out | tensor |
-    | other biases, norms | | nothing |
+    | other biases, norms, adapters | | nothing |
 
     Nothing is split over `data`, and no stacked leaf by layers. Where the mesh lacks an axis, or
     where its size does not divide that of the leaf's, the leaf is not split.

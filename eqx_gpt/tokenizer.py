@@ -16,7 +16,7 @@ from operator import index
 from typing import Any, Literal, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
-from jaxtyping import UInt32
+from jaxtyping import Int32, UInt32
 
 SpecialText = Literal["text", "token"]
 """What a string such as `<|endoftext|>` inside a text is: ordinary text, or the special token."""
@@ -244,6 +244,8 @@ class JSONTokenizer:
             tokenizer.no_truncation()
             tokenizer.no_padding()
             tokenizer.encode_special_tokens = special == "text"
+            # No token is added in any case, and some would take white space out of the spans.
+            tokenizer.post_processor = None
             return tokenizer
 
         return {"text": build("text"), "token": build("token")}
@@ -276,6 +278,16 @@ class JSONTokenizer:
     def encode(self, text: str, *, special: SpecialText = "text") -> list[int]:
         text = _without_surrogates(text)
         return self._tokenizers[special].encode(text, add_special_tokens=False).ids
+
+    def encode_spans(self, text: str) -> tuple[TokenIds, Int32[np.ndarray, "_ 2"]]:
+        """The ids of a text with special tokens, and of which characters each was made.
+
+        A span is the first character and the one after the last; tokens that share a character,
+        parts of its bytes, have the same.
+        """
+        encoding = self._tokenizers["token"].encode(text, add_special_tokens=False)
+        spans = np.array(encoding.offsets, np.int32).reshape(-1, 2)
+        return np.array(encoding.ids, np.uint32), spans
 
     def encode_batch(self, texts: Sequence[str], *, threads: int = 1) -> list[TokenIds]:
         with ThreadPoolExecutor(threads) as pool:

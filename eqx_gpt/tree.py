@@ -1,6 +1,7 @@
 """A model as a tree: the names, roles, number and dtype of its leaves."""
 
-from collections.abc import Callable, Mapping
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import equinox as eqx
@@ -12,7 +13,7 @@ from eqx_gpt.layers.linear import Embedding, Linear
 from eqx_gpt.layers.norm import Norm
 from eqx_gpt.ops.int8 import Int8
 
-Role = Literal["weight", "bias", "norm", "embedding"]
+Role = Literal["weight", "bias", "lora", "norm", "embedding"]
 
 
 def count_params(model: PyTree) -> int:
@@ -27,7 +28,24 @@ def named_arrays(tree: PyTree) -> dict[str, Any]:
     Abstract arrays (of `eqx.filter_eval_shape`) count as arrays.
     """
     paths_and_leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {_name(path): leaf for path, leaf in paths_and_leaves if _is_array(leaf)}
+    return {name_of(path): leaf for path, leaf in paths_and_leaves if _is_array(leaf)}
+
+
+def name_of(path: tuple[Any, ...]) -> str:
+    """The dotted name of a path as jax gives it."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def matching(names: Iterable[str], patterns: str) -> list[str]:
+    """Those of the names that one of the patterns fits: shell patterns (`*`, `?`, `[ab]`), apart
+    by commas. ValueError, which lists the names, for a pattern that fits none."""
+    names, found = list(names), set[str]()
+    for pattern in patterns.split(","):
+        fitting = fnmatch.filter(names, pattern.strip())
+        if not fitting:
+            raise ValueError(f"no name fits {pattern.strip()!r}; there are {', '.join(names)}")
+        found.update(fitting)
+    return [name for name in names if name in found]
 
 
 def with_arrays(tree: PyTree, arrays: Mapping[str, Any]) -> PyTree:
@@ -41,7 +59,7 @@ def with_arrays(tree: PyTree, arrays: Mapping[str, Any]) -> PyTree:
     def replaced(path: tuple[Any, ...], leaf: Any) -> Any:
         if not _is_array(leaf):
             return leaf
-        name = _name(path)
+        name = name_of(path)
         if arrays[name].shape != leaf.shape:
             raise ValueError(f"{name}: expected shape {leaf.shape}, got {arrays[name].shape}")
         return arrays[name]
@@ -58,8 +76,8 @@ def roles(model: PyTree) -> PyTree:
 
     def of_module(module: Any) -> PyTree:
         if isinstance(module, Linear):
-            return jax.tree.map(
-                lambda x: "weight" if x is module.weight else "bias", module, is_leaf=_is_weight
+            return jax.tree_util.tree_map_with_path(
+                lambda path, _: path[0].name, module, is_leaf=_is_weight
             )
         role = "norm" if isinstance(module, Norm) else "embedding"
         return jax.tree.map(lambda _: role, module, is_leaf=_is_weight)
@@ -84,10 +102,6 @@ def cast(model: PyTree, dtype: Any) -> PyTree:
 
 def _is_weight(leaf: Any) -> bool:
     return isinstance(leaf, Int8)
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def _is_array(leaf: Any) -> bool:

@@ -21,12 +21,15 @@ class Arguments:
     which llama.cpp loads. For example a run: python scripts/convert.py out/gpt2-small my-gpt2"""
 
     source: Annotated[str, tyro.conf.Positional]
-    """A run directory, a Hugging Face directory, a .gguf file, a hub id or a model of the zoo."""
+    """A run directory, a directory of Hugging Face or of PEFT's adapters, a .gguf file, a hub id or
+    a model of the zoo."""
     target: Annotated[Path, tyro.conf.Positional]
     """The directory, or the file if it ends in .gguf, to write. A saved model is replaced."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "q8_0"] = "auto"
     """Of the weights in the files; auto is the source's, float32 where those are quantised. q8_0,
     8 bits, is for .gguf alone."""
+    merge: bool = True
+    """Low-rank adapters become part of the weights. False: they alone are written, for PEFT."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     max_shard_gb: float = 5.0
@@ -38,20 +41,25 @@ def main() -> int:
     to_gguf, dtype = options.target.suffix.lower() == ".gguf", options.dtype
     if options.target.exists() and Path(options.source).resolve() == options.target.resolve():
         raise ValueError(f"{options.target} is the source; give another path for the result")
+    if to_gguf and not options.merge:
+        raise ValueError(f"--merge False writes a directory, and {options.target} is a .gguf file")
     if dtype == "q8_0" and not to_gguf:
         raise ValueError(f"--dtype q8_0 is only for .gguf files, and {options.target} is none")
 
     # jax is imported from here on: a mistyped flag need not wait for it.
     from eqx_gpt.tree import count_params
     from weights import from_pretrained, gguf, save, save_gguf, save_pretrained
-    from weights.load import model_type_of
+    from weights.load import convert_adapter, model_type_of
     from weights.tokenizer import find_tokenizer
 
-    check_target = gguf.check_target if to_gguf else save.check_target
-    check_target(options.target)  # before hours of download
+    source, revision = options.source, options.revision
+    if not options.merge:
+        convert_adapter(source, options.target)
+        return 0
+    (gguf if to_gguf else save).check_target(options.target)  # before hours of download
     read_as = "float32" if dtype == "q8_0" else dtype
-    model = from_pretrained(options.source, dtype=read_as, revision=options.revision)
-    tokenizer = find_tokenizer(options.source, revision=options.revision)
+    model = from_pretrained(source, dtype=read_as, revision=revision)
+    tokenizer = find_tokenizer(source, revision=revision)
     if to_gguf:
         kind = GGUF[model.wte.weight.dtype.name if dtype == "auto" else dtype]
         save_gguf(model, options.target, tokenizer=tokenizer, dtype=kind)  # pyright: ignore[reportArgumentType]
@@ -60,7 +68,7 @@ def main() -> int:
             model,
             options.target,
             tokenizer=tokenizer,
-            model_type=model_type_of(options.source, revision=options.revision),
+            model_type=model_type_of(source, revision=revision),
             max_shard_bytes=options.max_shard_gb * 1e9,
         )
     kind = "no tokenizer" if tokenizer is None else type(tokenizer).__name__

@@ -1,7 +1,6 @@
 """The loss of a model on a dataset: python scripts/eval.py --init_from gpt2 --dataset NAME."""
 
 import json
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,9 @@ from train.run import run_config  # noqa: E402
 
 @dataclass(frozen=True)
 class Arguments:
-    """Mean loss over every token of a split, in consecutive blocks. The last line on stdout is
-    JSON: loss (nats a token), perplexity, bits_per_byte and what they were measured on."""
+    """Mean loss over every token of a split, in consecutive blocks or with a sliding window; of
+    conversations, over the answers, each conversation by itself. The last line on stdout is JSON:
+    loss (nats a token), perplexity, bits_per_byte and on what."""
 
     preset: str | None = None
     """eval-gpt2, eval-gpt2-medium, ...: fills in init_from and dataset."""
@@ -42,6 +42,11 @@ class Arguments:
     """Which part of the dataset."""
     block_size: int | None = None
     """Tokens in a block; no token sees beyond its own. None: the model's block_size."""
+    stride: int | None = None
+    """Slide the block by so many tokens and count only those, each predicted from more than
+    block_size - stride: block_size / stride times the work. None: consecutive blocks."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What the model computes in."""
     batch_size: int = 8
     """Blocks run at once."""
 
@@ -55,23 +60,19 @@ def main() -> int:
     dataset = options.dataset or defaults.dataset
     data = Manifest.read(Path(options.data_dir or defaults.data_dir) / dataset)
 
-    import jax.numpy as jnp
-
-    from train.evaluate import split_loss
+    from train.evaluate import dataset_measures
 
     model, tokenizer = source()
     check_same_tokenizer(data, tokenizer)
     block_size = model.config.block_size if options.block_size is None else options.block_size
-    tokens = data.tokens(options.split)
-    with reporting(f"evaluating {dataset}/{options.split}", len(tokens) - 1, "tokens") as update:
-        loss, count = split_loss(
-            model, tokens, block_size=block_size, micro_batch_size=options.batch_size,
-            dtype=jnp.float32, progress=lambda done, _: update(done),
+    total = data.splits[options.split].tokens - 1
+    with reporting(f"evaluating {dataset}/{options.split}", total, "tokens") as update:
+        result = dataset_measures(
+            model, data, options.split, block_size=block_size, stride=options.stride,
+            micro_batch_size=options.batch_size, dtype=options.precision, progress=update,
         )  # fmt: skip
-    nats_to_bits = count / math.log(2) / data.splits[options.split].bytes
-    result = {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": loss * nats_to_bits}
-    where = {"dataset": dataset, "split": options.split, "block_size": block_size, "tokens": count}
-    print(json.dumps({**result, **where}))
+    where = {"dataset": dataset, "split": options.split, "block_size": block_size}
+    print(json.dumps(result | where | {"stride": options.stride, "precision": options.precision}))
     return 0
 
 

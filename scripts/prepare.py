@@ -25,24 +25,27 @@ class Arguments:
     stdlib: source and documentation of the Python standard library (no network).
 
     text: your own files, for example `text --files A.txt B/ --name mine`.
+
+    messages: conversations, of which the answers are learnt, for example `messages --files A.jsonl
+    --name mine --tokenizer MODEL`. A line: {"messages": [{"role": "user", "content": "Hi"}, ...]}.
     """
 
     dataset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET")]
-    """shakespeare_char, shakespeare, openwebtext, fineweb_edu, stdlib or text."""
+    """shakespeare_char, shakespeare, openwebtext, fineweb_edu, stdlib, text or messages."""
     data_dir: Path = Path("data")
     """Folder that holds the datasets."""
     name: str | None = None
-    """Name of the dataset's folder. By default the name of the dataset; text needs one."""
+    """Name of the dataset's folder. By default the dataset's; text and messages need one."""
     source: Path | None = None
     """A local copy instead of a download: of tiny Shakespeare, or for openwebtext and fineweb_edu
     a parquet file with a column `text`, or a folder of them."""
     files: tuple[Path, ...] = ()
-    """For text: UTF-8 files, or folders of them."""
+    """For text: UTF-8 files, or folders of them. For messages: JSONL files."""
     tokenizer: str | None = None
-    """For text, openwebtext, fineweb_edu: gpt2 (default), a tokenizer.json, or a model whose
-    tokenizer it is (of the zoo, a hub id, a directory, a .gguf file); for text also char."""
+    """gpt2 (default), a tokenizer.json, or a model whose tokenizer it is (of the zoo, a hub id, a
+    directory, a .gguf file); for text also char; for messages a model with a chat template."""
     val_fraction: float | None = None
-    """Part held out for validation. By default 0.1 of each file, or 0.0005 of web documents."""
+    """Part held out for validation. By default 0.1 of your own, or 0.0005 of web documents."""
     num_proc: int | None = None
     """Number of processes (or threads). By default one a CPU. Changes nothing in the result."""
     overwrite: bool = False
@@ -53,7 +56,8 @@ def main() -> int:
     options = vars(parse(Arguments))
     named = options["tokenizer"]
     known = named in (None, "char", "gpt2")
-    if not known and (named.lower().endswith(".gguf") or not Path(named).is_file()):
+    chat = options["dataset"] == "messages"
+    if not known and (chat or named.lower().endswith(".gguf") or not Path(named).is_file()):
         from weights import WeightsError, load_tokenizer
 
         try:

@@ -60,6 +60,17 @@ def test_splash_attention_is_causal_attention(seq, window, softcap, scale):
         assert abs(found - slope) < 1e-5 * size
 
 
+def test_splash_attention_tells_documents_apart():
+    rng, lengths = np.random.default_rng(0), (37, 1, 93)
+    q, k, v = (rng.standard_normal((sum(lengths), 3, 16)) for _ in range(3))
+    starts = jnp.asarray(np.repeat([0, 37, 38], lengths), jnp.int32)[None]
+    inputs = (jnp.asarray(x, jnp.float32)[None] for x in (q, k, v))
+    found = fused.attention("tpu", *inputs, window=29, starts=starts, interpret=True)
+    documents = zip(*(np.split(x, [37, 38]) for x in (q, k, v)), strict=True)
+    expected = np.concatenate([reference.attention(*x, window=29) for x in documents])
+    np.testing.assert_allclose(found[0], expected, atol=1e-5 * np.abs(expected).max())
+
+
 def refusal(platform, **changes):
     usual = {"dtype": jnp.bfloat16, "head_dim": 64, "seq": 1024}
     return fused.refusal(platform, **{**usual, **changes})
@@ -70,11 +81,13 @@ def test_what_splash_attention_cannot_do():
     assert refusal("tpu", window=7, softcap=50.0, seq=1000, head_dim=80, dtype=jnp.float32) is None
     assert "no dropout" in refusal("tpu", dropout=0.1)
     assert "64 positions" in refusal("tpu", seq=64)
+    assert refusal("tpu", packed=True) is None
 
 
 def test_what_cudnn_cannot_do(monkeypatch):
     assert "dropout" in refusal("cuda", dropout=0.1)
     assert "soft cap" in refusal("cuda", softcap=50.0)
+    assert "documents" in refusal("cuda", packed=True)
     assert "float32" in refusal("cuda", dtype=jnp.float32)
     if jax.default_backend() == "cpu":
         assert refusal("cuda") == "cuDNN is not detected."

@@ -4,7 +4,8 @@ Orbax is imported by what uses it: a new run need not wait for it before its fir
 
 A run's `checkpoints/<step>/` holds three items: `model` and `optimizer`, flat mappings from the
 dotted names of `eqx_gpt.tree.named_arrays` to arrays, and `progress`, JSON. `best/<step>/` holds
-`model` alone.
+`model` alone. Of a run with frozen parts these hold what learns, and `base/0/model`, written once,
+the rest.
 """
 
 from functools import cached_property
@@ -28,6 +29,7 @@ class Checkpoints:
     def __init__(self, run: Path, keep: int = 2) -> None:
         self._run, self._keep = run.resolve(), keep  # Orbax wants absolute paths
         self._best: Any = None
+        self._base: Any = None
         self._best_directory = self._run / "best"
 
     @cached_property
@@ -41,21 +43,29 @@ class Checkpoints:
         """Start writing the state after `step` steps, in place of one saved at that step."""
         import orbax.checkpoint as ocp
 
+        if self._base is not None:  # without which no checkpoint is whole
+            self._base.wait_until_finished()
         items = ocp.args.Composite(
-            model=ocp.args.StandardSave(named_arrays(state.model)),
-            optimizer=ocp.args.StandardSave(named_arrays(state.opt_state)),
+            model=_saving(state.params),
+            optimizer=_saving(state.opt_state),
             progress=ocp.args.JsonSave(progress),
         )
         _replace(self._states, step, items)
 
-    def save_best(self, model: GPT, step: int) -> None:
+    def save_base(self, frozen: GPT) -> None:
+        """Start writing the parts that no step changes, in the dtypes that they came in."""
+        import orbax.checkpoint as ocp
+
+        self._base = _manager(self._run / "base", keep=1)
+        _replace(self._base, 0, ocp.args.Composite(model=_saving(frozen)))
+
+    def save_best(self, params: GPT, step: int) -> None:
         """Keep this model in place of the best one so far."""
         import orbax.checkpoint as ocp
 
         if self._best is None:
             self._best = _manager(self._best_directory, keep=1)
-        items = ocp.args.Composite(model=ocp.args.StandardSave(named_arrays(model)))
-        _replace(self._best, step, items)
+        _replace(self._best, step, ocp.args.Composite(model=_saving(params)))
 
     def restore(self, skeleton: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The newest state and its progress; `skeleton` gives shapes and dtypes.
@@ -69,15 +79,19 @@ class Checkpoints:
             self._best = _manager(self._best_directory, keep=1)
             for later in [s for s in self._best.all_steps() if s > (step or 0)]:
                 self._best.delete(later)
-        model, optimizer = _placed(skeleton.model), _placed(skeleton.opt_state)
         items = ocp.args.Composite(
-            model=ocp.args.StandardRestore(model),
-            optimizer=ocp.args.StandardRestore(optimizer),
+            model=_restoring(skeleton.params),
+            optimizer=_restoring(skeleton.opt_state),
             progress=ocp.args.JsonRestore(),
         )
-        saved = self._states.restore(step, args=items)
+        saved, frozen = self._states.restore(step, args=items), skeleton.frozen
+        if named_arrays(frozen):
+            self._base = _manager(self._run / "base", keep=1)
+            base = self._base.restore(0, args=ocp.args.Composite(model=_restoring(frozen)))
+            frozen = with_arrays(frozen, base["model"])
         state = TrainState(
-            with_arrays(skeleton.model, saved["model"]),
+            with_arrays(skeleton.params, saved["model"]),
+            frozen,
             with_arrays(skeleton.opt_state, saved["optimizer"]),
             jnp.asarray(step, jnp.int32),
         )
@@ -95,7 +109,7 @@ class Checkpoints:
 
     def _opened(self) -> list[Any]:
         states = vars(self).get("_states")
-        return [manager for manager in (states, self._best) if manager is not None]
+        return [m for m in (states, self._best, self._base) if m is not None]
 
 
 def _replace(manager: Any, step: int, items: Any) -> None:
@@ -105,13 +119,23 @@ def _replace(manager: Any, step: int, items: Any) -> None:
     manager.save(step, args=items, force=True)
 
 
-def _placed(skeleton: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
-    """The arrays to restore, on this process's device, whatever they were saved from."""
+def _saving(tree: PyTree) -> Any:
+    import orbax.checkpoint as ocp
+
+    return ocp.args.StandardSave(named_arrays(tree))
+
+
+def _restoring(skeleton: PyTree) -> Any:
+    """The arrays of these shapes and dtypes, on this process's device, wherever they were saved."""
+    import orbax.checkpoint as ocp
+
     here = SingleDeviceSharding(jax.local_devices()[0])
-    return {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
-        for name, leaf in named_arrays(skeleton).items()
-    }
+    return ocp.args.StandardRestore(
+        {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+            for name, leaf in named_arrays(skeleton).items()
+        }
+    )
 
 
 def _manager(directory: Path, keep: int) -> Any:

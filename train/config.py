@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from eqx_gpt.config import AttentionConfig, GPTConfig, MLPConfig, NormConfig, did_you_mean
+from eqx_gpt.config import (
+    AttentionConfig,
+    GPTConfig,
+    LoRAConfig,
+    MLPConfig,
+    NormConfig,
+    did_you_mean,
+)
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -58,7 +65,18 @@ class TrainConfig:
     max_iters: int = 600_000
     """Optimizer steps in all."""
     weight_decay: float = 0.1
-    """AdamW's, of matrices and embeddings alone."""
+    """AdamW's, of matrices, adapters and embeddings alone."""
+    lora_rank: int = 0
+    """Rank of the low-rank adapters (LoRA) that alone are trained, on frozen weights. 0: none, the
+    weights are trained."""
+    lora_alpha: float = 16.0
+    """What an adapter adds is multiplied by lora_alpha / lora_rank."""
+    lora_targets: str = "blocks.*"
+    """The linear maps to adapt: patterns, apart by commas, over names such as blocks.attention.qkv
+    and blocks.mlp.up."""
+    freeze: str = ""
+    """Arrays to leave as they are: patterns, apart by commas, over names such as wte.weight and
+    blocks.mlp.up.weight. Empty: none."""
     beta1: float = 0.9
     """AdamW's decay of the first moment."""
     beta2: float = 0.95
@@ -75,7 +93,7 @@ class TrainConfig:
     """The learning rate after its decay."""
 
     eval_interval: int = 2000
-    """Steps between evaluations; there is one more at the end."""
+    """Steps between evaluations; there is one more at the end, and one of pretrained weights."""
     eval_iters: int = 200
     """Batches of batch_size in an evaluation of each split, the same ones every time."""
     eval_only: bool = False
@@ -112,10 +130,12 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("warmup_iters", "sample_interval", "seed", "weight_decay", "grad_clip",
-                     "learning_rate", "min_lr", "checkpoint_minutes"):  # fmt: skip
+        for name in ("lora_rank", "warmup_iters", "sample_interval", "seed", "weight_decay",
+                     "grad_clip", "learning_rate", "min_lr", "checkpoint_minutes"):  # fmt: skip
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be 0 or above, got {getattr(self, name)}")
+        if not 0 < self.lora_alpha < float("inf"):
+            raise ValueError(f"lora_alpha must be above 0, got {self.lora_alpha}")
         for name in ("beta1", "beta2", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -136,6 +156,24 @@ class TrainConfig:
                 f"lr_decay_iters={self.lr_decay_iters}; for a run of max_iters={self.max_iters} "
                 "set all three, or --decay_lr False"
             )
+
+        if self.lora_rank and self.freeze:
+            raise ValueError(
+                f"freeze={self.freeze!r} says nothing with lora_rank={self.lora_rank}: all but the "
+                "adapters is frozen; leave one of them out, or choose with --lora_targets"
+            )
+        if self.lora_rank and self.init_from == "scratch":
+            raise ValueError(
+                f"lora_rank={self.lora_rank} adapts trained weights, and init_from='scratch' has "
+                "none; name a model with --init_from"
+            )
+
+    @property
+    def lora(self) -> LoRAConfig | None:
+        """The adapters that are trained, or None."""
+        if not self.lora_rank:
+            return None
+        return LoRAConfig(self.lora_rank, self.lora_alpha, self.lora_targets)
 
     @property
     def global_batch_size(self) -> int:

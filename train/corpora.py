@@ -36,10 +36,15 @@ STDLIB_SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "test
 
 @dataclass(frozen=True)
 class Document:
-    """A text that goes whole into one split."""
+    """A text that goes whole into one split.
+
+    `answers` are the parts of it that a model learns to say, as (first character, one after the
+    last), sorted; None is all of it.
+    """
 
     split: SplitName
     text: str
+    answers: tuple[tuple[int, int], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,8 @@ class Corpus:
     """Text on this machine, and how to tokenize it.
 
     `source` names the content and the rule of the split, by hash: two corpora with the same
-    source and tokenizer give the same token files. `documents` reads them, one at a time.
+    source and tokenizer give the same token files. `documents` reads them, one at a time. Of a
+    `packed` corpus each document is trained on as if it were alone, and has `answers`.
     """
 
     source: dict[str, Any]
@@ -55,6 +61,7 @@ class Corpus:
     separator: Literal["end_of_text", "none"]
     text_bytes: int
     documents: Callable[[], Iterator[Document]]
+    packed: bool = False
 
 
 def held_out(key: bytes, fraction: float) -> bool:

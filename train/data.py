@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-from jaxtyping import Int32, Shaped, UInt64
+from jaxtyping import Bool, Int32, Int64, Shaped, UInt64
 
 T = TypeVar("T")
 
@@ -43,18 +43,26 @@ class Windows:
 
     def batch(self, step: int, batch_size: int) -> Int32[np.ndarray, "batch seq_plus_1"]:
         """The inputs of a step and, one token further, its targets."""
-        samples = np.arange(batch_size, dtype=np.int64) + step * batch_size
-        epochs, within = np.divmod(samples, self.per_epoch)
+        slack = len(self.tokens) - self.per_epoch * self.block_size
         starts = np.empty(batch_size, np.int64)
-        for epoch in np.unique(epochs):
-            rows = epochs == epoch
-            key = _mix(np.array([self.seed], np.uint64), np.array([epoch], np.uint64))
-            order = permute(within[rows].astype(np.uint64), self.per_epoch, key)
-            slack = len(self.tokens) - self.per_epoch * self.block_size
+        for rows, order, key in drawn(step * batch_size, batch_size, self.per_epoch, self.seed):
             offset = int(_mix(key, np.array([0], np.uint64))[0]) % min(slack, self.block_size)
-            starts[rows] = offset + order.astype(np.int64) * self.block_size
+            starts[rows] = offset + order * self.block_size
         index = starts[:, None] + np.arange(self.block_size + 1)[None, :]
         return self.tokens[index].astype(np.int32)
+
+
+def drawn(
+    first: int, n: int, per_epoch: int, seed: int
+) -> Iterator[tuple[Bool[np.ndarray, " n"], Int64[np.ndarray, " rows"], UInt64[np.ndarray, "1"]]]:
+    """The samples `first` to `first + n` of a run, by epoch: which are of it, their windows,
+    from 0 to `per_epoch` - 1, and the epoch's key."""
+    samples = np.arange(n, dtype=np.int64) + first
+    epochs, within = np.divmod(samples, per_epoch)
+    for epoch in np.unique(epochs):
+        rows = epochs == epoch
+        key = _mix(np.array([seed], np.uint64), np.array([epoch], np.uint64))
+        yield rows, permute(within[rows].astype(np.uint64), per_epoch, key).astype(np.int64), key
 
 
 def permute(

@@ -6,15 +6,18 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from eqx_gpt.tokenizer import Tokenizer, fingerprint
+from eqx_gpt.tokenizer import JSONTokenizer, Tokenizer, fingerprint
 from train.corpora import Corpus, Document, named_tokenizer, own_text, stdlib, tiny_shakespeare
 from train.files import move_directory, temporary_directory_beside
 from train.manifest import CORPORA, DatasetError, DatasetWriter, Manifest
+from train.messages import conversations, tokenize
 from train.progress import reporting
 from train.streaming import (
     WEB_CORPORA,
@@ -33,10 +36,11 @@ OPTIONS: dict[str, frozenset[str]] = {
     "fineweb_edu": frozenset({"source", "tokenizer", "val_fraction"}),
     "stdlib": frozenset(),
     "text": frozenset({"files", "tokenizer", "val_fraction"}),
+    "messages": frozenset({"files", "tokenizer", "val_fraction"}),
 }
 """What each corpus lets its user choose."""
 
-OWN_TEXT_VAL_FRACTION = 0.1
+OWN_VAL_FRACTION = 0.1
 BATCH_CHARACTERS = 2**21
 
 
@@ -106,8 +110,12 @@ def _local_corpus(
         case "stdlib":
             return stdlib()
         case _:
-            fraction = OWN_TEXT_VAL_FRACTION if val_fraction is None else val_fraction
-            return own_text([Path(file) for file in files], tokenizer or "gpt2", fraction)
+            fraction = OWN_VAL_FRACTION if val_fraction is None else val_fraction
+            paths = [Path(file) for file in files]
+            if corpus == "text":
+                return own_text(paths, tokenizer or "gpt2", fraction)
+            assert tokenizer is not None
+            return conversations(paths, named_tokenizer(tokenizer), fraction)
 
 
 def _web_job(
@@ -147,19 +155,35 @@ def _prepare_local(
     done = 0
     with temporary_directory_beside(target) as directory:
         with (
-            DatasetWriter(directory, corpus.tokenizer) as writer,
+            DatasetWriter(directory, corpus.tokenizer, flagged=corpus.packed) as writer,
             reporting(f"tokenizing {name}", corpus.text_bytes, "bytes") as update,
         ):
             for batch in _batches(corpus.documents()):
-                texts = [document.text for document in batch]
-                encoded = corpus.tokenizer.encode_batch(texts, threads=threads)
-                for document, ids in zip(batch, encoded, strict=True):
+                for document, ids, learnt in _encoded(corpus, batch, threads):
                     text_bytes = len(document.text.encode("utf-8"))
-                    writer.append(document.split, np.append(ids, end), text_bytes=text_bytes)
+                    ids = np.append(ids, end)
+                    writer.append(document.split, ids, text_bytes=text_bytes, learnt=learnt)
                     done += text_bytes
-                update(done)
+                update(min(done, corpus.text_bytes))
             writer.finish(name, identity)
         move_directory(directory, target)
+
+
+def _encoded(
+    corpus: Corpus, batch: list[Document], threads: int
+) -> Iterator[tuple[Document, np.ndarray, np.ndarray | None]]:
+    """Each document with its ids and, of a packed corpus, which of them are learnt."""
+    tokenizer = corpus.tokenizer
+    if corpus.packed:
+        assert isinstance(tokenizer, JSONTokenizer)  # no other has a chat template
+        with ThreadPoolExecutor(threads) as pool:
+            results = pool.map(partial(tokenize, tokenizer), batch)
+            for document, (ids, learnt) in zip(batch, results, strict=True):
+                yield document, ids, learnt
+        return
+    encoded = tokenizer.encode_batch([document.text for document in batch], threads=threads)
+    for document, ids in zip(batch, encoded, strict=True):
+        yield document, ids, None
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
@@ -208,7 +232,7 @@ def _check_arguments(
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise DatasetError(
             f"unknown dataset {corpus!r}; {hint}known: {', '.join(CORPORA)} (your own files: "
-            "text --files FILES --name NAME)"
+            "text --files FILES --name NAME, or messages for conversations)"
         )
     for option, value in given.items():
         if value not in (None, ()) and option not in OPTIONS[corpus]:
@@ -220,6 +244,11 @@ def _check_arguments(
         raise DatasetError(
             "text needs the files and a name for the dataset: text --files A.txt B/ --name mine"
         )
+    if corpus == "messages" and not (given["files"] and name and given["tokenizer"]):
+        raise DatasetError(
+            "messages needs the files, a name for the dataset and the model whose tokenizer and "
+            "chat template it is for: messages --files A.jsonl --name mine --tokenizer MODEL"
+        )
     if name in CORPORA and name != corpus:
         raise DatasetError(f"--name {name} is the name of another dataset; choose one of your own")
     if name is not None and not re.fullmatch(r"\w[\w.-]*", name):
@@ -230,6 +259,11 @@ def _check_arguments(
         raise DatasetError(
             f"--tokenizer char does not apply to {corpus}, whose characters are not known before "
             "it is read; give gpt2 or the path of a tokenizer.json"
+        )
+    if given["tokenizer"] in ("char", "gpt2") and corpus == "messages":
+        raise DatasetError(
+            f"--tokenizer {given['tokenizer']} has no chat template; give a model tuned on "
+            "conversations: of the zoo, a hub id, a directory or a .gguf file"
         )
     fraction = given["val_fraction"]
     if fraction is not None and not 0 < fraction < 1:

@@ -34,7 +34,9 @@ class Execution:
     unroll: int
 
     @staticmethod
-    def choose(config: TrainConfig, model: GPTConfig, n_params: int, platform: str) -> "Execution":
+    def choose(
+        config: TrainConfig, model: GPTConfig, n_params: int, platform: str, n_frozen: int = 0
+    ) -> "Execution":
         """For a model of so many parameters on `platform` ("cpu", "gpu", "tpu")."""
         on_cpu = platform == "cpu"
         auto = jnp.float32 if on_cpu and not cpu_multiplies_bfloat16() else jnp.bfloat16
@@ -42,8 +44,8 @@ class Execution:
         micro = config.micro_batch_size
         if micro is None:
             tokens_flops = flops_per_token(
-                n_params, model.n_layer, model.n_embd, config.block_size
-            )  # fmt: skip
+                n_params, model.n_layer, model.n_embd, config.block_size, n_frozen
+            )
             budget = _CPU_MICRO_BATCH_FLOPS.get(dtype.name, 1e12)
             affordable = budget / (tokens_flops * config.block_size)
             micro = _largest_divisor(config.batch_size, affordable) if on_cpu else config.batch_size
@@ -68,7 +70,9 @@ def describe_devices() -> str:
     return kind if count == 1 else f"{kind} (1 of {count})"
 
 
-def describe_arithmetic(execution: Execution, model: GPTConfig, seq: int) -> str:
+def describe_arithmetic(
+    execution: Execution, model: GPTConfig, seq: int, packed: bool = False
+) -> str:
     """The dtype of the products, and where there are fused kernels, which attention runs."""
     products = f"{jnp.dtype(execution.dtype).name} products"
     platform = fused.platform()
@@ -80,7 +84,7 @@ def describe_arithmetic(execution: Execution, model: GPTConfig, seq: int) -> str
     why = {
         fused.refusal(
             platform, dtype=execution.dtype, head_dim=model.head_dim, seq=seq, window=kind.window,
-            softcap=model.attention.softcap, dropout=model.dropout,
+            softcap=model.attention.softcap, dropout=model.dropout, packed=packed,
         )
         for kind in model.layers
     } - {None}  # fmt: skip

@@ -1,14 +1,22 @@
 """The loss on fixed data: some batches during a run, or every token of a split."""
 
+import math
+import operator
 from collections.abc import Callable, Iterator
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Int32, Shaped
+from jaxtyping import Array, Float, Int, Int64, Shaped
 
 from eqx_gpt.gpt import GPT
+from eqx_gpt.score import token_scores
+from eqx_gpt.tree import cast
 from train.data import Windows
+from train.manifest import Manifest, SplitName
+from train.packing import PackedWindows, micro_batches, n_learnt
 from train.step import eval_step
 
 Progress = Callable[[int, int], None]
@@ -16,7 +24,7 @@ Progress = Callable[[int, int], None]
 
 def sampled_loss(
     model: GPT,
-    windows: Windows,
+    windows: Windows | PackedWindows,
     *,
     batch_size: int,
     n_batch: int,
@@ -24,19 +32,52 @@ def sampled_loss(
     dtype: DTypeLike,
     progress: Progress,
 ) -> float:
-    """Mean loss, in nats a token, of the first `n_batch` batches of `windows`.
+    """Mean loss, in nats a token learnt, of the first `n_batch` batches of `windows`.
 
     They are fewer if the split ends before. `progress(done, total)` is called after each
     micro-batch and may raise to end the evaluation.
     """
     n_batch = max(1, min(n_batch, windows.per_epoch // batch_size))
     n_micro = batch_size // micro_batch_size
-    losses = []
+    losses, counts = [], []
     for i in range(n_batch):
-        for micro in np.split(windows.batch(i, batch_size), n_micro):
-            losses.append(float(eval_step(model, jnp.asarray(micro), dtype)))
-            progress(len(losses), n_batch * n_micro)
-    return float(np.mean(losses))
+        batch = windows.batch(i, batch_size)
+        parts = jax.tree.map(jnp.asarray, micro_batches(batch, n_micro))
+        of_batch = []
+        for j in range(n_micro):
+            micro = jax.tree.map(operator.itemgetter(j), parts)
+            of_batch.append(float(eval_step(model, micro, dtype)))
+            progress(i * n_micro + j + 1, n_batch * n_micro)
+        losses.append(np.mean(of_batch))
+        counts.append(n_learnt(batch))
+    return float(np.average(losses, weights=counts))
+
+
+def answers_loss(
+    model: GPT,
+    windows: PackedWindows,
+    *,
+    micro_batch_size: int,
+    dtype: DTypeLike,
+    progress: Progress,
+) -> tuple[float, int]:
+    """Mean loss over every token that is learnt of a packed split, and how many those are.
+
+    **Raises:** ValueError if the model has no room for such a window.
+    """
+    longest = model.config.block_size
+    if not 1 <= windows.block_size <= longest:
+        raise ValueError(f"block_size={windows.block_size} is outside 1 to the model's {longest}")
+    if micro_batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {micro_batch_size}")
+    total, count = 0.0, 0
+    for first in range(0, windows.per_epoch, micro_batch_size):
+        part = windows.samples(first, min(micro_batch_size, windows.per_epoch - first))
+        n = n_learnt(part)
+        total += n * float(eval_step(model, jax.tree.map(jnp.asarray, part), dtype))
+        count += n
+        progress(first + len(part.tokens), windows.per_epoch)
+    return total / count, count
 
 
 def split_loss(
@@ -44,39 +85,113 @@ def split_loss(
     tokens: Shaped[np.ndarray, " tokens"],
     *,
     block_size: int,
+    stride: int | None = None,
     micro_batch_size: int,
     dtype: DTypeLike,
     progress: Progress,
 ) -> tuple[float, int]:
-    """Mean loss over every token of a split but its first, and how many those are.
+    """Mean loss, in nats, over every token of a split but its first, and how many those are.
 
-    The split is cut into consecutive blocks; a token is predicted from those before it in its
-    block, so the context is `block_size / 2` on average. The last block is shorter.
+    Each counts once. With `stride` None the split is cut into consecutive blocks: a token is
+    predicted from those before it in its block, `block_size / 2` on average. Otherwise a window
+    of `block_size` tokens moves on by `stride`, and only its last `stride` predictions count, but
+    all of the first window's: each is made from more than `block_size - stride` tokens, where the
+    split has so many before it, at `block_size / stride` times the cost. This is the sliding
+    window of the perplexity guide in transformers' documentation, whose `max_length` is our
+    `block_size + 1`, for the last token there predicts nothing.
 
-    **Raises:** ValueError if the model has no room for such a block.
+    **Raises:** ValueError if the model has no room for such a block, if the stride is no part of
+    one, or if there is no token to predict.
     """
-    longest = model.config.block_size
+    longest, n_target = model.config.block_size, len(tokens) - 1
     if not 1 <= block_size <= longest:
         raise ValueError(f"block_size={block_size} is outside 1 to the model's {longest}")
+    stride = block_size if stride is None else stride
+    if not 1 <= stride <= block_size:
+        raise ValueError(
+            f"stride={stride} is outside 1 to block_size={block_size}; a longer one would skip "
+            "tokens, and None cuts the split into consecutive blocks"
+        )
+    if n_target < 1:
+        raise ValueError(f"a split of {len(tokens)} tokens has none to predict from another")
+    if micro_batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {micro_batch_size}")
+    computing = model if jnp.dtype(dtype) == jnp.float32 else cast(model, dtype)
     total, count = 0.0, 0
-    n_predicted = len(tokens) - 1
-    for windows in _consecutive(tokens, block_size, micro_batch_size):
-        n = windows.shape[0] * (windows.shape[1] - 1)
-        total += n * float(eval_step(model, jnp.asarray(windows), dtype))
-        count += n
-        progress(count, n_predicted)
+    for starts, n_counted in _windows(n_target, block_size, stride, micro_batch_size):
+        at = starts[:, None] + np.arange(block_size + 1)[None, :]
+        windows = tokens[np.minimum(at, n_target)].astype(np.int32)
+        losses = np.asarray(_losses(computing, jnp.asarray(windows), n_counted))
+        real = at[:, -n_counted:] <= n_target
+        total += float(np.sum(losses[real], dtype=np.float64))
+        count += int(np.sum(real))
+        progress(count, n_target)
     return total / count, count
 
 
-def _consecutive(
-    tokens: Shaped[np.ndarray, " tokens"], block_size: int, rows: int
-) -> Iterator[Int32[np.ndarray, "micro seq_plus_1"]]:
-    """Every block as a window with one token more, the target of its last."""
-    n_block = (len(tokens) - 1) // block_size
-    for first in range(0, n_block, rows):
-        starts = np.arange(first, min(first + rows, n_block)) * block_size
-        index = starts[:, None] + np.arange(block_size + 1)[None, :]
-        yield tokens[index].astype(np.int32)
-    rest = tokens[n_block * block_size :]
-    if len(rest) > 1:
-        yield rest[None, :].astype(np.int32)
+def dataset_measures(
+    model: GPT,
+    data: Manifest,
+    split: SplitName,
+    *,
+    block_size: int,
+    stride: int | None,
+    micro_batch_size: int,
+    dtype: DTypeLike,
+    progress: Callable[[int], None],
+) -> dict[str, float | int | None]:
+    """`measures` of a split and, as `tokens`, of how many it is: all, or of conversations those
+    that are learnt, for whose text alone no bytes are counted. `progress` is told how many tokens
+    of the split are done. Errors as `split_loss`."""
+    tokens, flags = data.tokens(split), data.flags(split)
+    options = {"micro_batch_size": micro_batch_size, "dtype": dtype}
+    if flags is None:
+        sizes = {"block_size": block_size, "stride": stride}
+        loss, count = split_loss(
+            model, tokens, **sizes, **options, progress=lambda done, _: progress(done)
+        )
+        return {**measures(loss, count, data.splits[split].bytes), "tokens": count}
+    if stride is not None:
+        raise ValueError(
+            f"stride={stride} does not apply to {data.name!r}, conversations that are each read "
+            "by themselves; leave it out"
+        )
+    n = len(tokens) - 1
+    windows = PackedWindows(tokens, flags, block_size, seed=0)
+    loss, count = answers_loss(
+        model, windows, **options, progress=lambda done, total: progress(done * n // total)
+    )
+    return {**measures(loss, count, count), "bits_per_byte": None, "tokens": count}
+
+
+def measures(loss: float, count: int, n_bytes: int) -> dict[str, float]:
+    """What a mean loss over `count` tokens, of a text of `n_bytes`, is in each usual unit."""
+    bits = loss * count / math.log(2)
+    return {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": bits / n_bytes}
+
+
+def _windows(
+    n_target: int, block_size: int, stride: int, rows: int
+) -> Iterator[tuple[Int64[np.ndarray, " micro"], int]]:
+    """Where the windows of a batch start, and how many of the last targets of each count.
+
+    Batches are of one size, so that they share a program: the last may hold windows, or parts of
+    them, that lie beyond the split.
+    """
+    first = 0
+    if stride < block_size:
+        yield np.zeros(1, np.int64), block_size
+        first = 1
+    n_window = 1 + max(0, -(-(n_target - block_size) // stride))
+    rows = min(rows, n_window - first)
+    for i in range(first, n_window, max(rows, 1)):
+        yield np.arange(i, i + rows) * stride, stride
+
+
+@eqx.filter_jit
+def _losses(
+    model: GPT, windows: Int[Array, "micro seq_plus_1"], n_counted: int
+) -> Float[Array, "micro counted"]:
+    """Of the last `n_counted` tokens of each window, given those before them."""
+    hidden, _ = model.hidden(windows[:, :-1])
+    return -token_scores(model, hidden[:, -n_counted:], windows[:, -n_counted:]).logprob

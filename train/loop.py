@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,24 +13,26 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optax
-from jaxtyping import Array, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array
 
+from eqx_gpt import lora
 from eqx_gpt.config import GPTConfig
 from eqx_gpt.generate import generate
 from eqx_gpt.gpt import GPT
 from eqx_gpt.shapes import PRNGKey
-from eqx_gpt.tree import count_params
+from eqx_gpt.tree import cast, count_params
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig, model_config
-from train.data import Windows, prefetched
+from train.data import prefetched
 from train.devices import Execution, describe_arithmetic, describe_devices
 from train.display import Display
 from train.evaluate import sampled_loss
 from train.interrupt import Interrupted, Interruption
 from train.manifest import SPLITS, Manifest
 from train.metrics import MetricsFile, extra_loggers, flops_per_token, peak_flops
-from train.optimizer import learning_rate, make_optimizer
+from train.optimizer import learning_rate, make_optimizer, trainable
+from train.packing import Packed, PackedWindows, describe_packing, micro_batches, windows_of
 from train.plot import plot_losses
 from train.run import RunError, check_startable, has_checkpoint, resumed_model, write_run
 from train.step import (
@@ -88,11 +91,12 @@ def train(
     if not resume:
         check_startable(config.out_dir)
     from_start = not has_checkpoint(config.out_dir)
-    start = pretrained() if pretrained is not None and from_start else None
+    start = lora.merge(pretrained()) if pretrained is not None and from_start else None
     if resume:
         model_cfg = resumed_model(config, data)
     else:
         config, model_cfg = _model_config(config, data, start)
+        _skeleton(config, model_cfg, jnp.float32)  # wrong names end here, with nothing written
         write_run(config, model_cfg, data)
     with Display(config.max_iters) as display:
         trainer = Trainer(config, data, model_cfg, start, display, process)
@@ -122,31 +126,33 @@ class Trainer:
     ) -> None:
         self.config, self.data, self.display = config, data, display
         self.directory = Path(config.out_dir)
-        self.windows = Windows(data.tokens("train"), config.block_size, config.seed)
+        self.windows = windows_of(data, "train", config.block_size, config.seed)
         # Evaluations of different runs compare, so their batches do not depend on the seed.
         self.eval_windows = {
-            split: Windows(data.tokens(split), config.block_size, seed=0) for split in SPLITS
+            split: windows_of(data, split, config.block_size, seed=0) for split in SPLITS
         }
-        skeleton = eqx.filter_eval_shape(lambda: GPT.init(model_cfg, key=jax.random.key(0)))
-        n_params = count_params(skeleton)
+        skeleton = _skeleton(config, model_cfg, jnp.float32)
+        n_params, n_frozen = count_params(skeleton.model), count_params(skeleton.frozen)
         platform = jax.default_backend()
-        self.execution = Execution.choose(config, model_cfg, n_params, platform)
+        self.execution = Execution.choose(config, model_cfg, n_params, platform, n_frozen)
         model_cfg = dataclasses.replace(model_cfg, unroll=self.execution.unroll)
         self.flops_per_token = flops_per_token(
-            n_params, model_cfg.n_layer, model_cfg.n_embd, config.block_size
+            n_params, model_cfg.n_layer, model_cfg.n_embd, config.block_size, n_frozen
         )
         self.peak_flops = peak_flops(self.execution.dtype)
 
         key_model, key_steps = jax.random.split(jax.random.key(config.seed))
-        optimizer = make_optimizer(config)
-        self.recipe = Recipe(optimizer, self.execution.dtype, key_steps)
+        self.recipe = Recipe(make_optimizer(config), self.execution.dtype, key_steps)
         self.learning_rate = jax.jit(learning_rate(config))
         self.checkpoints = Checkpoints(self.directory)
         if self.checkpoints.latest_step() is None:
-            self.state = _new_state(model_cfg, optimizer, key_model, pretrained)
+            state = _new_state(config, model_cfg, key_model, pretrained)
+            if n_frozen and not config.eval_only:
+                self.checkpoints.save_base(state.frozen)
+            self.state = _computing(state, self.execution.dtype)
             self.progress = Progress()
         else:
-            skeleton = eqx.filter_eval_shape(_new_state, model_cfg, optimizer, key_model, None)
+            skeleton = _skeleton(config, model_cfg, self.execution.dtype)
             self.state, progress = self.checkpoints.restore(skeleton)
             self.progress = Progress(**progress)
         self.steps_done = int(self.state.step)
@@ -166,7 +172,7 @@ class Trainer:
             self.loggers = []  # a look at a run is no part of it
         self.saved_at = self.plotted_at = time.monotonic()
         self.started_at = self.saved_at - self.progress.elapsed_s
-        header = self._header(model_cfg, n_params)
+        header = self._header(model_cfg, n_params, n_frozen)
         self.display.header(header if process is None else {**header, "process": process})
 
     def close(self) -> None:
@@ -224,20 +230,22 @@ class Trainer:
                 with clock.paused():
                     self._between_steps(signals)
 
-    def _windows_of(self, step: int) -> Int[Array, "accum micro seq_plus_1"]:
+    def _windows_of(self, step: int) -> Array | Packed:
+        """Of a step, with the axes accum, micro, seq_plus_1."""
         windows = self.windows.batch(step, self.config.global_batch_size)
-        n_micro, micro_batch_size = self.execution.n_micro, self.execution.micro_batch_size
-        return jnp.asarray(windows.reshape(n_micro, micro_batch_size, -1))
+        return jax.tree.map(jnp.asarray, micro_batches(windows, self.execution.n_micro))
 
     def _step_from_host(
-        self, windows: Int[Array, "accum micro seq_plus_1"], signals: Interruption
+        self, windows: Array | Packed, signals: Interruption
     ) -> tuple[TrainState, StepMetrics]:
         """A step whose micro-batches are seen one by one. Interrupted, it leaves no trace."""
-        gradients = Gradients.zero(self.state.model)
-        n_micro, tokens = windows.shape[0], windows.shape[1] * self.config.block_size
+        gradients = Gradients.zero(self.state.params)
+        n_micro = self.execution.n_micro
+        tokens = self.execution.micro_batch_size * self.config.block_size
         start = time.monotonic()
         for i in range(n_micro):
-            gradients = add_gradients((self.recipe, windows[i], self.state), gradients)
+            micro = jax.tree.map(operator.itemgetter(i), windows)
+            gradients = add_gradients((self.recipe, micro, self.state), gradients)
             loss = float(gradients.loss) / (i + 1)
             if i + 1 < n_micro:
                 signals.check()
@@ -251,6 +259,8 @@ class Trainer:
         """What is due after `steps_done` steps: evaluation, sample, checkpoint."""
         config, step = self.config, self.steps_done
         if step == 0:
+            if config.init_from != "scratch":  # what the weights that were given are worth
+                self._evaluate(signals)
             return
         at_end = step == config.max_iters
         if (step % config.eval_interval == 0 or at_end) and self.progress.evaluated_at != step:
@@ -295,7 +305,7 @@ class Trainer:
         )
         self._log({"iter": step, "val_loss": losses["val"], "eval_train_loss": losses["train"]})
         if improved and not config.always_save_checkpoint and not config.eval_only:
-            self.checkpoints.save_best(self.state.model, step)
+            self.checkpoints.save_best(self.state.params, step)
         if time.monotonic() - self.plotted_at > PLOT_EVERY_S:
             plot_losses(self.directory)
             self.plotted_at = time.monotonic()
@@ -303,7 +313,8 @@ class Trainer:
     def _show_sample(self) -> None:
         prompt = jnp.asarray(self.data.tokens("val")[:1], jnp.int32)
         key = jax.random.key(self.steps_done)
-        tokens = generate(self.state.model, prompt, 200, key=key, temperature=0.8, top_k=200)
+        model = cast(self.state.model, self.execution.dtype)  # which the frozen parts have
+        tokens = generate(model, prompt, 200, key=key, temperature=0.8, top_k=200)
         text = self.data.tokenizer().decode(tokens.tolist())
         self.display.line(f"sample at {self.steps_done}: {text}")
 
@@ -346,22 +357,24 @@ class Trainer:
         steps = self.config.max_iters - self.steps_done - micro_done / self.execution.n_micro
         return steps * self.config.global_batch_size * self.config.block_size / tokens_per_s
 
-    def _header(self, model_cfg: GPTConfig, n_params: int) -> dict[str, str]:
+    def _header(self, model_cfg: GPTConfig, n_params: int, n_frozen: int) -> dict[str, str]:
         config, execution, splits = self.config, self.execution, self.data.splits
         n_tokens = config.global_batch_size * config.block_size
+        packed = isinstance(self.windows, PackedWindows)
         peak = "unknown peak" if self.peak_flops is None else f"peak {self.peak_flops:.3g} FLOP/s"
         if self.steps_done:
             start = f"resumed at step {self.steps_done}"
         else:
             start = "new" if config.init_from == "scratch" else f"from {config.init_from}"
+        learning = f", {n_params - n_frozen:,} of them learning" if n_frozen else ""
         return {
-            "model": f"{n_params:,} parameters: {model_cfg.n_layer} layers, {model_cfg.n_head} "
-            f"heads, {model_cfg.n_embd} wide, block {model_cfg.block_size}, "
+            "model": f"{n_params:,} parameters{learning}: {model_cfg.n_layer} layers, "
+            f"{model_cfg.n_head} heads, {model_cfg.n_embd} wide, block {model_cfg.block_size}, "
             f"vocabulary {model_cfg.vocab_size}; {start}",
             "data": f"{self.data.name}: {splits['train'].tokens:,} training tokens, "
-            f"{splits['val'].tokens:,} for validation",
+            f"{splits['val'].tokens:,} for validation{describe_packing(self.windows)}",
             "device": f"{describe_devices()}, "
-            f"{describe_arithmetic(execution, model_cfg, config.block_size)}, {peak}",
+            f"{describe_arithmetic(execution, model_cfg, config.block_size, packed)}, {peak}",
             "batch": f"{config.global_batch_size} x {config.block_size} = {n_tokens:,} tokens a "
             f"step, in {execution.n_micro} micro-batches of {execution.micro_batch_size}, "
             f"accumulated on the {execution.accumulate}",
@@ -421,18 +434,33 @@ def _model_config(
             f"{model_cfg.vocab_size}; prepare the dataset with that model's tokenizer"
         )
     config = dataclasses.replace(config, **shape)
-    return config, dataclasses.replace(model_cfg, dropout=config.dropout)
+    # Rotary models lose nothing by a longer block_size than they are trained on.
+    crops = model_cfg.position.kind == "learned"
+    block_size = config.block_size if crops else model_cfg.block_size
+    model_cfg = dataclasses.replace(model_cfg, dropout=config.dropout, block_size=block_size)
+    return config, model_cfg
 
 
 @eqx.filter_jit
 def _new_state(
-    model_cfg: GPTConfig,
-    optimizer: optax.GradientTransformation,
-    key: PRNGKey,
-    pretrained: GPT | None,
+    config: TrainConfig, model_cfg: GPTConfig, key: PRNGKey, pretrained: GPT | None
 ) -> TrainState:
     if pretrained is None:
         model = GPT.init(model_cfg, key=key)
     else:
-        model = pretrained.with_config(model_cfg)
-    return TrainState.init(model, optimizer)
+        model = pretrained.crop_block_size(model_cfg.block_size).with_config(model_cfg)
+    if config.lora is not None:
+        model = lora.init(model, config.lora, key=jax.random.fold_in(key, 1))
+    return TrainState.init(model, make_optimizer(config), trainable(config, model))
+
+
+def _computing(state: TrainState, dtype: DTypeLike) -> TrainState:
+    """With the frozen parts in the dtype of the products, to which each step would cast them."""
+    return eqx.tree_at(lambda s: s.frozen, state, cast(state.frozen, dtype))
+
+
+def _skeleton(config: TrainConfig, model_cfg: GPTConfig, dtype: DTypeLike) -> TrainState:
+    """The state's shapes and dtypes. ValueError for names in the config that fit nothing."""
+    key = jax.random.key(0)
+    state = eqx.filter_eval_shape(_new_state, config, model_cfg, key, None)
+    return eqx.filter_eval_shape(_computing, state, dtype)

@@ -8,11 +8,12 @@ from eqx_gpt.gpt import GPT
 from eqx_gpt.ops.cross_entropy import cross_entropy
 from eqx_gpt.shapes import PRNGKey, Scalar
 from eqx_gpt.tree import cast
+from train.packing import Packed
 
 
 def next_token_loss(
     model: GPT,
-    windows: Int[Array, "*batch seq_plus_1"],
+    windows: Int[Array, "*batch seq_plus_1"] | Packed,
     *,
     dtype: DTypeLike = jnp.float32,
     key: PRNGKey | None = None,
@@ -20,9 +21,12 @@ def next_token_loss(
     """Mean cross-entropy, in nats a token, of each token of a window given those before it.
 
     The model computes in `dtype` with a copy of its weights; gradients reach the weights
-    themselves. `key` None means no dropout.
+    themselves. `key` None means no dropout. Of packed documents each is read as if it were alone,
+    and a token counts as much as its weight says.
     """
     computing = model if jnp.dtype(dtype) == jnp.float32 else cast(model, dtype)
-    hidden, _ = computing.hidden(windows[..., :-1], key=key)
+    packed = windows if isinstance(windows, Packed) else Packed(windows)
+    hidden, _ = computing.hidden(packed.tokens[..., :-1], key=key, starts=packed.starts)
+    targets, softcap = packed.tokens[..., 1:], model.config.logit_softcap
     weight, bias = computing.head_weight, computing.head_bias
-    return cross_entropy(hidden, weight, windows[..., 1:], bias, model.config.logit_softcap)
+    return cross_entropy(hidden, weight, targets, bias, softcap, packed.weights)

@@ -42,13 +42,14 @@ _PEAK_FLOPS = {
 }
 
 
-def flops_per_token(n_params: int, n_layer: int, n_embd: int, seq: int) -> float:
-    """Floating-point operations to train on one token: 6 N + 12 L d T.
+def flops_per_token(n_params: int, n_layer: int, n_embd: int, seq: int, n_frozen: int = 0) -> float:
+    """Floating-point operations to train on one token: 6 N + 12 L d T, less 2 for each of the
+    `n_frozen` parameters, which need no gradient.
 
     The convention of PaLM's appendix B (arXiv:2204.02311): forward and backward, the token
     embedding counted once, no discount for the causal half of attention.
     """
-    return 6.0 * n_params + 12.0 * n_layer * n_embd * seq
+    return 6.0 * n_params - 2.0 * n_frozen + 12.0 * n_layer * n_embd * seq
 
 
 def peak_flops(dtype: DTypeLike) -> float | None:

@@ -1,11 +1,29 @@
-"""AdamW with clipping and nanoGPT's schedule, from optax."""
+"""What learns and how: frozen parts, AdamW with clipping and nanoGPT's schedule, from optax."""
 
 import jax
 import optax
 from jaxtyping import PyTree
 
-from eqx_gpt.tree import map_with_roles
+from eqx_gpt import lora
+from eqx_gpt.tree import map_with_roles, matching, name_of, named_arrays
 from train.config import TrainConfig
+
+
+def trainable(config: TrainConfig, model: PyTree) -> PyTree:
+    """True for the leaves of the model that learn, False for the frozen ones.
+
+    ValueError if a pattern of `config.freeze` fits nothing, or if they leave nothing to learn.
+    """
+    if config.lora_rank:
+        return lora.trainable(model)
+    names = list(named_arrays(model))
+    try:
+        frozen = set(matching(names, config.freeze)) if config.freeze else set()
+    except ValueError as error:
+        raise ValueError(f"freeze: {error}") from None
+    if len(frozen) == len(names):
+        raise ValueError(f"freeze={config.freeze!r} fits every array; leave something to learn")
+    return jax.tree_util.tree_map_with_path(lambda path, _: name_of(path) not in frozen, model)
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
@@ -23,10 +41,10 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW (arXiv:1711.05101); matrices and embeddings decay, biases and norms do not."""
+    """AdamW (arXiv:1711.05101); all decays but biases and norms."""
 
     def decays(model: PyTree) -> PyTree:
-        return map_with_roles(lambda role, _: role in ("weight", "embedding"), model)
+        return map_with_roles(lambda role, _: role in ("weight", "lora", "embedding"), model)
 
     adamw = optax.adamw(
         learning_rate(config),

@@ -45,6 +45,28 @@ _FINETUNE_SHAKESPEARE = TrainConfig(
     always_save_checkpoint=False,
 )
 
+# Low-rank adapters of a small model: on a CPU, in minutes.
+_FINETUNE_SHAKESPEARE_LORA = TrainConfig(
+    out_dir="out/finetune-shakespeare-lora",
+    init_from="smollm2-135m",
+    dataset="shakespeare_smollm2",
+    lora_rank=16,
+    lora_alpha=32.0,
+    batch_size=8,
+    gradient_accumulation_steps=1,
+    block_size=256,
+    learning_rate=1e-3,
+    min_lr=1e-4,
+    warmup_iters=20,
+    max_iters=300,
+    lr_decay_iters=300,
+    weight_decay=0.0,
+    beta2=0.99,
+    eval_interval=100,
+    eval_iters=20,
+    log_interval=10,
+)
+
 
 def _eval(name: str) -> TrainConfig:
     """The zero-shot loss of a pretrained GPT-2 on OpenWebText."""
@@ -78,6 +100,7 @@ PRESETS: dict[str, TrainConfig] = {
         eval_iters=20,
     ),
     "finetune-shakespeare": _FINETUNE_SHAKESPEARE,
+    "finetune-shakespeare-lora": _FINETUNE_SHAKESPEARE_LORA,
     "eval-gpt2": _eval("gpt2"),
     "eval-gpt2-medium": _eval("gpt2-medium"),
     "eval-gpt2-large": _eval("gpt2-large"),

@@ -1,9 +1,9 @@
 """A run directory explains itself: what is in it, when a run may start there or go on there.
 
-run.json              the resolved config, the model, the data's manifest, versions
+run.json              the resolved config, the model, its adapters, the data's manifest, versions
 tokenizer_spec.json   the tokenizer, whole
 metrics.jsonl         one object a logged step and one an evaluation
-checkpoints/, best/   see checkpoint.py
+checkpoints/, best/   see checkpoint.py; so base/
 loss.png              where matplotlib is installed
 """
 
@@ -24,7 +24,8 @@ FORMAT_VERSION = 1
 # A run that goes on with another value of these would not be the same run.
 _FIXED = (
     "seed", "dataset", "batch_size", "gradient_accumulation_steps", "block_size", "n_layer",
-    "n_head", "n_embd", "dropout", "bias", "vocab_size", "precision", "init_from",
+    "n_head", "n_embd", "dropout", "bias", "vocab_size", "precision", "init_from", "lora_rank",
+    "lora_alpha", "lora_targets", "freeze",
 )  # fmt: skip
 
 
@@ -89,6 +90,7 @@ def write_run(config: TrainConfig, model: GPTConfig, data: Manifest) -> None:
         "format_version": FORMAT_VERSION,
         "config": dataclasses.asdict(config),
         "model": model.to_dict(),
+        "lora": None if config.lora is None else dataclasses.asdict(config.lora),
         "data": data.to_dict(),
         "versions": {"python": platform.python_version(), **versions},
     }
@@ -116,6 +118,8 @@ def resumed_model(config: TrainConfig, data: Manifest) -> GPTConfig:
                 f"{split} split of dataset {data.name!r} had sha256 {was['sha256'][:12]}..., "
                 f"now {now['sha256'][:12]}..."
             )
+        elif now.get("flags") != was.get("flags"):
+            conflicts.append(f"{split} split of dataset {data.name!r} had other answers to learn")
     if conflicts:
         raise RunError(
             f"cannot resume {config.out_dir!r}: {'; '.join(conflicts)}. Leave these as they were, "

@@ -6,6 +6,7 @@ scans over them inside one program. From the host, `add_gradients` runs one micr
 and be interrupted between two of them. Both give the same step, to rounding.
 """
 
+import operator
 from typing import Any
 
 import equinox as eqx
@@ -20,33 +21,47 @@ from eqx_gpt.config import GPTConfig
 from eqx_gpt.gpt import GPT
 from eqx_gpt.shapes import PRNGKey, Scalar
 from train.loss import next_token_loss
+from train.packing import Packed
 
 
 class TrainState(eqx.Module):
-    """What a step changes and a checkpoint holds. `step` counts the steps done."""
+    """What a step changes and a checkpoint holds, and beside it the parts that stay as they are.
 
-    model: GPT
+    `params` and `frozen` are the model, each with None for the leaves of the other: gradients and
+    the optimizer's moments are those of `params` alone. `step` counts the steps done.
+    """
+
+    params: GPT
+    frozen: GPT
     opt_state: PyTree
     step: Int[Array, ""]
 
     @staticmethod
-    def init(model: GPT, optimizer: optax.GradientTransformation) -> "TrainState":
-        params: Any = model  # any PyTree; optax's annotation knows fewer
-        return TrainState(model, optimizer.init(params), jnp.zeros((), jnp.int32))
+    def init(
+        model: GPT, optimizer: optax.GradientTransformation, trainable: PyTree = True
+    ) -> "TrainState":
+        """`trainable` is True for the leaves that learn, as `eqx.partition` takes it."""
+        params, frozen = eqx.partition(model, trainable)
+        opt_state = optimizer.init(params)
+        return TrainState(params, frozen, opt_state, jnp.zeros((), jnp.int32))
+
+    @property
+    def model(self) -> GPT:
+        return eqx.combine(self.params, self.frozen)
 
 
 class Gradients(eqx.Module):
     """Sums over the micro-batches so far."""
 
     loss: Scalar
-    model: GPT
+    params: GPT
     count: Int[Array, ""]
 
     @staticmethod
-    def zero(model: GPT) -> "Gradients":
+    def zero(params: GPT) -> "Gradients":
         return Gradients(
             jnp.zeros((), jnp.float32),
-            jax.tree.map(jnp.zeros_like, model),
+            jax.tree.map(jnp.zeros_like, params),
             jnp.zeros((), jnp.int32),
         )
 
@@ -66,45 +81,54 @@ class Recipe(eqx.Module):
     key: PRNGKey
 
 
-def check_windows(windows: Array, config: GPTConfig, rank: int) -> None:
+def check_windows(windows: Array | Packed, config: GPTConfig, rank: int) -> None:
     """A clear error for a batch that the step cannot take; see `train_step` for the shape."""
-    if not jnp.issubdtype(windows.dtype, jnp.integer):
-        raise TypeError(f"a batch must be integers, token ids, got {windows.dtype}")
-    if windows.ndim != rank:
-        raise ValueError(f"a batch must have {rank} dimensions here, got shape {windows.shape}")
-    if windows.shape[-1] < 2:
-        raise ValueError(f"windows of {windows.shape[-1]} tokens have nothing to predict")
-    if windows.shape[-1] > config.block_size + 1:
+    tokens = windows.tokens if isinstance(windows, Packed) else windows
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise TypeError(f"a batch must be integers, token ids, got {tokens.dtype}")
+    if tokens.ndim != rank:
+        raise ValueError(f"a batch must have {rank} dimensions here, got shape {tokens.shape}")
+    if tokens.shape[-1] < 2:
+        raise ValueError(f"windows of {tokens.shape[-1]} tokens have nothing to predict")
+    if tokens.shape[-1] > config.block_size + 1:
         raise ValueError(
-            f"windows of {windows.shape[-1]} tokens exceed block_size + 1 = "
+            f"windows of {tokens.shape[-1]} tokens exceed block_size + 1 = "
             f"{config.block_size + 1}: the inputs and, one further, the targets"
         )
 
 
 @eqx.filter_jit(donate="all-except-first")
-def train_step(inputs: tuple[Recipe, Array], state: TrainState) -> tuple[TrainState, StepMetrics]:
+def train_step(
+    inputs: tuple[Recipe, Array | Packed], state: TrainState
+) -> tuple[TrainState, StepMetrics]:
     """A whole step. `windows` hold the inputs and, one further, the targets. Donates `state`.
+
+    The loss is the mean over the micro-batches of their means. Of packed documents the weights
+    make it that over the tokens learnt, however these spread (see `PackedWindows.batch`).
 
     **Raises:** TypeError or ValueError for windows of the wrong dtype, rank or length.
     """
     recipe, windows = inputs
-    check_windows(windows, state.model.config, rank=3)
+    check_windows(windows, state.params.config, rank=3)
 
-    def add(gradients: Gradients, micro: Int[Array, "micro seq_plus_1"]) -> tuple[Gradients, None]:
+    def add(gradients: Gradients, micro: Array | Packed) -> tuple[Gradients, None]:
         return _add(recipe, micro, state, gradients), None
 
-    if windows.shape[0] == 1:
-        gradients = _gradients(recipe, windows[0], state, jnp.zeros((), jnp.int32))
+    if len(jax.tree.leaves(windows)[0]) == 1:
+        micro = jax.tree.map(operator.itemgetter(0), windows)
+        gradients = _gradients(recipe, micro, state, jnp.zeros((), jnp.int32))
     else:
-        gradients, _ = lax.scan(add, Gradients.zero(state.model), windows)
+        gradients, _ = lax.scan(add, Gradients.zero(state.params), windows)
     return _apply(recipe, gradients, state)
 
 
 @eqx.filter_jit(donate="all-except-first")
-def add_gradients(inputs: tuple[Recipe, Array, TrainState], gradients: Gradients) -> Gradients:
-    """Add one micro-batch. Donates `gradients`, which start as `Gradients.zero(model)`."""
+def add_gradients(
+    inputs: tuple[Recipe, Array | Packed, TrainState], gradients: Gradients
+) -> Gradients:
+    """Add one micro-batch. Donates `gradients`, which start as `Gradients.zero(state.params)`."""
     recipe, windows, state = inputs
-    check_windows(windows, state.model.config, rank=2)
+    check_windows(windows, state.params.config, rank=2)
     return _add(recipe, windows, state, gradients)
 
 
@@ -117,23 +141,33 @@ def apply_gradients(
 
 
 @eqx.filter_jit
-def eval_step(model: GPT, windows: Int[Array, "micro seq_plus_1"], dtype: DTypeLike) -> Scalar:
+def eval_step(
+    model: GPT, windows: Int[Array, "micro seq_plus_1"] | Packed, dtype: DTypeLike
+) -> Scalar:
     """The loss without dropout."""
     return next_token_loss(model, windows, dtype=dtype)
 
 
-def _add(recipe: Recipe, windows: Array, state: TrainState, gradients: Gradients) -> Gradients:
+def _add(
+    recipe: Recipe, windows: Array | Packed, state: TrainState, gradients: Gradients
+) -> Gradients:
     return jax.tree.map(jnp.add, gradients, _gradients(recipe, windows, state, gradients.count))
 
 
-def _gradients(recipe: Recipe, windows: Array, state: TrainState, index: Array) -> Gradients:
+def _gradients(
+    recipe: Recipe, windows: Array | Packed, state: TrainState, index: Array
+) -> Gradients:
     """Of one micro-batch, the step's `index`-th."""
     key = None
-    if state.model.config.dropout > 0:
+    if state.params.config.dropout > 0:
         # A function of (seed, step, micro-batch): nothing random has to be saved.
         key = jax.random.fold_in(jax.random.fold_in(recipe.key, state.step), index)
-    loss_fn = eqx.filter_value_and_grad(next_token_loss)
-    loss, grads = loss_fn(state.model, windows, dtype=recipe.dtype, key=key)
+
+    def loss_of(params: GPT) -> Scalar:
+        model = eqx.combine(params, state.frozen)
+        return next_token_loss(model, windows, dtype=recipe.dtype, key=key)
+
+    loss, grads = eqx.filter_value_and_grad(loss_of)(state.params)
     return Gradients(loss, grads, jnp.ones((), jnp.int32))
 
 
@@ -141,9 +175,9 @@ def _apply(
     recipe: Recipe, gradients: Gradients, state: TrainState
 ) -> tuple[TrainState, StepMetrics]:
     count = gradients.count.astype(jnp.float32)
-    grads = jax.tree.map(lambda g: g / count, gradients.model)
-    params: Any = state.model
+    grads = jax.tree.map(lambda g: g / count, gradients.params)
+    params: Any = state.params  # any PyTree; optax's annotation knows fewer
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, params)
-    model = eqx.apply_updates(state.model, updates)
+    params = eqx.apply_updates(state.params, updates)
     metrics = StepMetrics(gradients.loss / count, optax.tree.norm(grads))
-    return TrainState(model, opt_state, state.step + 1), metrics
+    return TrainState(params, state.frozen, opt_state, state.step + 1), metrics

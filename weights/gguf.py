@@ -14,12 +14,13 @@ import numpy as np
 from eqx_gpt.config import GPTConfig, did_you_mean
 from eqx_gpt.gpt import GPT
 from eqx_gpt.tokenizer import GPT2Tokenizer, JSONTokenizer, Tokenizer
+from weights.directory import sync
 from weights.errors import WeightsError
 from weights.family import closest, to_hf
 from weights.gguf_architectures import ARCHITECTURES, Architecture
 from weights.gguf_model import added, file_rows
 from weights.gguf_tokenizer import write_tokenizer
-from weights.save import Tensors, check_saveable, sync, tensors_of
+from weights.save import Tensors, check_saveable, tensors_of
 from weights.tokenizer import gpt2_tokenizer_json
 
 GGUFType = Literal["F32", "F16", "BF16", "Q8_0"]

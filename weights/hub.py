@@ -22,12 +22,12 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 class Source:
     """Where the files of one model are.
 
-    - `kind`: `run` is a directory that training wrote, `directory` a local one in the hub's
-      layout, `gguf` a file of llama.cpp, `hub` a repository.
+    - `kind`: `run` is a directory that training wrote, `adapter` one that PEFT wrote, `directory`
+      a local one in the hub's layout, `gguf` a file of llama.cpp, `hub` a repository.
     - `location`: the directory, the file, or the hub id.
     """
 
-    kind: Literal["run", "directory", "gguf", "hub"]
+    kind: Literal["run", "adapter", "directory", "gguf", "hub"]
     location: str
     revision: str | None = None
 
@@ -159,8 +159,11 @@ def _local(path: Path, name: str, revision: str | None) -> Source:
         return Source("run", str(path))
     if (path / "config.json").is_file():
         return Source("directory", str(path))
+    if (path / "adapter_config.json").is_file():
+        return Source("adapter", str(path))
     raise WeightsError(
-        f"{name} is no model: expected config.json (Hugging Face) or run.json (a run) in it"
+        f"{name} is no model: expected config.json (Hugging Face), adapter_config.json (PEFT) or "
+        "run.json (a run) in it"
     )
 
 

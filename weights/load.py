@@ -14,17 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from eqx_gpt import lora
 from eqx_gpt.config import GPTConfig
 from eqx_gpt.gpt import GPT
 from eqx_gpt.sharding import shardings
 from eqx_gpt.tree import cast, named_arrays, with_arrays
+from weights.adapters import base_of, check_target, load_adapter, save_adapter
 from weights.errors import WeightsError, raise_problems, read_json
 from weights.families import family_of
 from weights.family import from_hf
 from weights.gguf_model import open_gguf
 from weights.hub import Source, find, weight_files
 from weights.rules import LAYER, KeyMap, Rule, key_shapes
-from weights.run import read_run_arrays, read_run_config
+from weights.run import read_run_arrays, read_run_config, read_run_lora
 from weights.tensors import DTYPES, StoredTensor, aligned_empty, open_tensors, row_blocks
 
 MOST_THREADS = 4  # memory is the limit, not arithmetic
@@ -38,19 +40,23 @@ def from_pretrained(
     dtype: DType | Literal["auto"] = "float32",
     revision: str | None = None,
     mesh: Mesh | None = None,
+    merge: bool = True,
 ) -> GPT:
     """A model with its trained weights.
 
     **Arguments:**
 
     - `name_or_path`: a name of `eqx_gpt.list_models()`, a hub id `organisation/name`, a local
-      directory in the hub's layout, a `.gguf` file of llama.cpp, or a run directory (its best
-      checkpoint where it kept one, otherwise its last).
+      directory in the hub's layout, a `.gguf` file of llama.cpp, a run directory (its best
+      checkpoint where it kept one, otherwise its last), or a local directory of adapters in
+      PEFT's format, which says what model they adapt.
     - `dtype`: of the weights and of the computation; norms stay float32 (`eqx_gpt.cast`). `auto`
       is the dtype of the token embedding in the file, float32 where that is quantised.
     - `revision`: branch, tag or commit on the hub.
     - `mesh`: the devices to split the model over, as `eqx_gpt.sharding` says; None is the first
       device. Each shard is read by itself: in the memory of the host there is no more at a time.
+    - `merge`: low-rank adapters, of a run or of such a directory, become part of the weights;
+      False keeps them apart.
 
     **Returns:** the model, with dropout 0 unless it comes from a run.
 
@@ -63,20 +69,36 @@ def from_pretrained(
         )
     source = find(name_or_path, revision)
     if source.kind == "run":
-        return _load_run(source.path, dtype, mesh)
+        return _load_run(source.path, dtype, mesh, merge)
+    if source.kind == "adapter":
+        return _load_adapted(source, dtype, mesh, merge)
     return _load_files(source, dtype, mesh)
 
 
 def model_type_of(name_or_path: str | Path, *, revision: str | None = None) -> str | None:
-    """What the model's config.json calls its family; None of a run or a GGUF file.
+    """What the config.json of the model (or of the one adapted) calls its family; None of a run
+    or a GGUF file.
 
     WeightsError as `from_pretrained`.
     """
     source = find(name_or_path, revision)
+    if source.kind == "adapter":
+        return model_type_of(base_of(source))
     if source.kind not in ("directory", "hub"):
         return None
     where = f"{source.location}/config.json"
     return family_of(read_json(source.file("config.json")), where).model_type
+
+
+def convert_adapter(source: str | Path, target: str | Path) -> None:
+    """The adapters of a run, or of a directory of PEFT, alone as such a directory.
+
+    WeightsError as `from_pretrained` and `save_adapter`.
+    """
+    check_target(target)
+    model, found = from_pretrained(source, merge=False), find(source)
+    base = base_of(found) if found.kind in ("run", "adapter") else None
+    save_adapter(model, target, base=base, model_type=model_type_of(source))
 
 
 @lru_cache(maxsize=4)
@@ -100,9 +122,26 @@ def _placed(model: GPT, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def _load_run(run_dir: Path, dtype: str, mesh: Mesh | None) -> GPT:
-    model = skeleton(read_run_config(run_dir), "float32" if dtype == "auto" else dtype)
-    return with_arrays(model, read_run_arrays(run_dir, _placed(model, mesh)))
+def _load_run(run_dir: Path, dtype: str, mesh: Mesh | None, merge: bool) -> GPT:
+    dtype = "float32" if dtype == "auto" else dtype
+    adapters = read_run_lora(run_dir)
+    # Merged in float32, and only then rounded.
+    model = skeleton(read_run_config(run_dir), "float32" if merge and adapters else dtype)
+    if adapters is not None:
+        model = eqx.filter_eval_shape(lora.init, model, adapters, key=jax.random.key(0))
+        model = model if merge else eqx.filter_eval_shape(cast, model, jnp.dtype(dtype))
+    model = with_arrays(model, read_run_arrays(run_dir, _placed(model, mesh)))
+    return cast(lora.merge(model), jnp.dtype(dtype)) if merge and adapters else model
+
+
+def _load_adapted(
+    source: Source, dtype: DType | Literal["auto"], mesh: Mesh | None, merge: bool
+) -> GPT:
+    base = base_of(source)
+    model = from_pretrained(base, dtype="auto" if dtype == "auto" else "float32", mesh=mesh)
+    result = model.wte.weight.dtype if dtype == "auto" else jnp.dtype(dtype)
+    model = load_adapter(model, source.location, model_type=model_type_of(base))
+    return cast(lora.merge(model) if merge else model, result)
 
 
 def _open_hf(source: Source) -> tuple[GPTConfig, KeyMap, dict[str, StoredTensor]]:

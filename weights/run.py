@@ -1,24 +1,37 @@
 """What training left in a run directory: its config, and the arrays of a checkpoint.
 
-run.json                      {"format_version": 1, "model": GPTConfig.to_dict(), ...}
+run.json                      {"format_version": 1, "model": GPTConfig.to_dict(), "lora": null or
+                              the fields of LoRAConfig, ...}
 tokenizer_spec.json           the spec of its tokenizer
 checkpoints/<step>/model/     an Orbax item: dotted name -> array (`eqx_gpt.tree.named_arrays`)
 best/<step>/model/            the same, where the run kept the best
+base/0/model/                 the same, of frozen parts: no other checkpoint has them
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
 
-from eqx_gpt.config import GPTConfig
+from eqx_gpt.config import GPTConfig, LoRAConfig
 from weights.errors import WeightsError, raise_problems, read_json
 
 FORMAT_VERSION = 1
+T = TypeVar("T")
 
 
 def read_run_config(run_dir: Path) -> GPTConfig:
     """The model's config in run.json. WeightsError if it is of a version that is not known."""
+    return _read(run_dir, lambda run: GPTConfig.from_dict(run.get("model", {})))
+
+
+def read_run_lora(run_dir: Path) -> LoRAConfig | None:
+    """The adapters' config in run.json, None if there are none. WeightsError as above."""
+    return _read(run_dir, lambda run: LoRAConfig.from_dict(x) if (x := run.get("lora")) else None)
+
+
+def _read(run_dir: Path, part: Callable[[dict[str, Any]], T]) -> T:
     path = run_dir / "run.json"
     run = read_json(path)
     version = run.get("format_version")
@@ -28,7 +41,7 @@ def read_run_config(run_dir: Path) -> GPTConfig:
             "a newer version of this package"
         )
     try:
-        return GPTConfig.from_dict(run.get("model", {}))
+        return part(run)
     except (TypeError, ValueError) as error:
         raise WeightsError(f"{path}: model: {error}") from error
 
@@ -53,17 +66,34 @@ def read_run_arrays(
 ) -> dict[str, jax.Array]:
     """The arrays of the checkpoint, in the shapes, dtypes and shardings of `leaves`.
 
-    However they were sharded when saved. WeightsError if the checkpoint is damaged or holds
-    other arrays.
+    However they were sharded when saved. What a checkpoint lacks is taken from the frozen parts.
+    WeightsError if the checkpoint is damaged or holds other arrays.
     """
+    path = run_checkpoint(run_dir).resolve()
+    stored, frozen = _stored(path), {}
+    if leaves.keys() - stored.keys() and (base := run_dir.resolve() / "base/0/model").is_dir():
+        frozen = {name: x for name, x in _stored(base).items() if name not in stored}
+        frozen = _restored(base, frozen, {n: x for n, x in leaves.items() if n in frozen})
+        leaves = {name: x for name, x in leaves.items() if name not in frozen}
+    return frozen | _restored(path, stored, leaves)
+
+
+def _stored(path: Path) -> Mapping[str, Any]:
+    """What a checkpoint says of its arrays, by name."""
     # Imported where used: `import weights` stays fast.
     import orbax.checkpoint as ocp
 
-    path = run_checkpoint(run_dir).resolve()
     try:
-        stored = ocp.StandardCheckpointHandler().metadata(path).tree  # pyright: ignore[reportArgumentType]
+        return ocp.StandardCheckpointHandler().metadata(path).tree  # pyright: ignore[reportArgumentType]
     except Exception as error:  # of json, orbax, tensorstore
         raise _damaged(path, error) from error
+
+
+def _restored(
+    path: Path, stored: Mapping[str, Any], leaves: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    import orbax.checkpoint as ocp
+
     problems = [f"{name} is missing" for name in leaves.keys() - stored.keys()]
     problems += [f"{name} belongs to no part of this model" for name in stored.keys() - leaves]
     for name in sorted(leaves.keys() & stored.keys()):

@@ -1,11 +1,7 @@
 """Models to files: `save_pretrained`."""
 
-import os
 import re
 import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,8 +9,11 @@ import numpy as np
 
 from eqx_gpt.config import GPTConfig, did_you_mean
 from eqx_gpt.gpt import GPT
+from eqx_gpt.lora import adapters
 from eqx_gpt.tokenizer import Tokenizer
 from eqx_gpt.tree import named_arrays
+from weights import directory as directories
+from weights.directory import replacing
 from weights.errors import WeightsError, write_json
 from weights.families import family_for
 from weights.family import to_hf
@@ -88,7 +87,7 @@ def save_pretrained(
         "pad_token_id": None,  # rather than the family's default, which no tokenizer vouches for
         **special,
     }
-    with _replacing(target) as partial:
+    with replacing(target) as partial:
         write_json(partial / "config.json", described)
         write_json(partial / "generation_config.json", special)
         _write_shards(tensors, partial, jnp.dtype(dtype_name), max_shard_bytes)
@@ -97,7 +96,12 @@ def save_pretrained(
 
 
 def check_saveable(model: GPT) -> None:
-    """WeightsError for a model that is laid out for decoding."""
+    """WeightsError for a model that is laid out for decoding, or that has adapters."""
+    if adapters(model):
+        raise WeightsError(
+            "this model has low-rank adapters; save eqx_gpt.lora.merge(model), or the adapters "
+            "alone with weights.save_adapter"
+        )
     if isinstance(model.blocks, tuple):
         raise WeightsError(
             "this model is laid out for decoding, with smaller numbers (eqx_gpt.for_inference); "
@@ -107,17 +111,7 @@ def check_saveable(model: GPT) -> None:
 
 def check_target(directory: str | Path) -> Path:
     """Where a model may be written. WeightsError if that would destroy something else."""
-    target = Path(directory).expanduser().resolve()
-    if target.is_dir():
-        foreign = [p.name for p in target.iterdir() if not WRITTEN_HERE.fullmatch(p.name)]
-        if foreign:
-            raise WeightsError(
-                f"{target} holds {foreign[0]!r}, which is no file of a saved model, and is not "
-                "replaced; give another directory or move that file away"
-            )
-    elif target.exists():
-        raise WeightsError(f"{target} is a file; give a directory")
-    return target
+    return directories.check_target(directory, WRITTEN_HERE, "a saved model")
 
 
 def tensors_of(model: GPT, config: GPTConfig, key_map: KeyMap, dtype_name: str) -> Tensors:
@@ -177,39 +171,3 @@ def _write_shards(
     if len(shards) > 1:
         total = sum(view.size for view, _ in tensors.values()) * dtype.itemsize
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A directory beside `target` to write into, which takes its place if all went well."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unique = uuid.uuid4().hex
-    partial, old = (target.with_name(f".{target.name}.{kind}-{unique}") for kind in ("new", "old"))
-    partial.mkdir()
-    try:
-        yield partial
-        for path in partial.iterdir():
-            sync(path)
-        sync(partial)
-        if target.exists():
-            os.rename(target, old)
-        try:
-            os.rename(partial, target)
-        except OSError:
-            if old.exists():
-                os.rename(old, target)
-            raise
-        sync(target.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Onto the disk, against a power cut. Windows can do it to no directory."""
-    if os.name == "posix" or path.is_file():
-        descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -12,6 +12,7 @@ from eqx_gpt.tokenizer import (
     Tokenizer,
     tokenizer_from_spec,
 )
+from weights.adapters import base_of
 from weights.errors import WeightsError, read_json, write_json
 from weights.gguf_file import read_gguf
 from weights.gguf_tokenizer import read_tokenizer
@@ -24,7 +25,8 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> Tokenizer:
-    """The tokenizer of a model, named as for `from_pretrained`. GPT-2's needs no network.
+    """The tokenizer of a model, named as for `from_pretrained`, or in a file tokenizer.json, with
+    what lies beside it. GPT-2's needs no network.
 
     WeightsError if the model has none, or one that is neither a `tokenizer.json` nor GPT-2's.
     """
@@ -41,7 +43,11 @@ def find_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
     """As `load_tokenizer`, but None if there are no files of one."""
     if name_or_path in GPT2_NAMES:
         return GPT2Tokenizer()
-    source = find(name_or_path, revision)
+    path = Path(name_or_path).expanduser()
+    if path.name == "tokenizer.json" and path.is_file():
+        source = Source("directory", str(path.parent))
+    else:
+        source = find(name_or_path, revision)
     if source.kind == "gguf":
         file = read_gguf(source.path)
         try:
@@ -50,7 +56,7 @@ def find_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
             raise WeightsError(f"{file.path}: {error}") from error
     path = source.find_file("tokenizer.json", SPEC, "merges.txt")
     if path is None:
-        return None
+        return find_tokenizer(base_of(source)) if source.kind == "adapter" else None
     try:
         if path.name == SPEC:
             return tokenizer_from_spec(read_json(path))

@@ -6,7 +6,7 @@ from functools import partial
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from eqx_gpt.cache import KVCache
 from eqx_gpt.config import GPTConfig
@@ -17,6 +17,13 @@ from eqx_gpt.ops.attention import causal_attention, causal_scores, mix
 from eqx_gpt.ops.cached_attention import cached_attention
 from eqx_gpt.shapes import Hidden, PRNGKey
 from eqx_gpt.tap import NO_TAP, Tap
+
+
+def positions_in(starts: Int[Array, "*batch seq"] | None, seq: int) -> Int[Array, "*batch seq"]:
+    """Of each token in its document, which begins at `starts`; None is one from 0."""
+    if starts is None:
+        return jnp.arange(seq)
+    return jnp.broadcast_to(jnp.arange(seq, dtype=starts.dtype), starts.shape) - starts
 
 
 class Attention(eqx.Module):
@@ -59,18 +66,20 @@ class Attention(eqx.Module):
         cache: KVCache | None = None,
         layer: int = 0,
         key: PRNGKey | None = None,
+        starts: Int[Array, "*batch seq"] | None = None,
         tap: Tap = NO_TAP,
     ) -> tuple[Hidden, KVCache | None]:
         """Attend within `x`, or from `x` to all that `layer` of the cache holds and to `x`.
 
-        `kind` is the layer's index in `config.layers`.
+        `kind` is the layer's index in `config.layers`. `starts`, without a cache, is where the
+        document of each position begins: none sees another.
         """
         config, parts = self.config, self.config.attention
         *batch, seq, _ = x.shape
         q, k, v = self._project(x)
         position = config.layer_position(kind)
         if position.kind == "rope":
-            positions = jnp.arange(seq) if cache is None else cache.positions(seq)
+            positions = positions_in(starts, seq) if cache is None else cache.positions(seq)
             q, k = rotate(q, positions, position), rotate(k, positions, position)
         q, k, v = tap("attention.q", q), tap("attention.k", k), tap("attention.v", v)
         window, scale, softcap = config.layers[kind].window, parts.scale, parts.softcap
@@ -86,9 +95,12 @@ class Attention(eqx.Module):
                 softcap=softcap,
                 dropout_rate=config.dropout,
                 key=key,
+                starts=starts,
             )
             if tap.of_pairs:
-                scores = partial(causal_scores, window=window, scale=scale, softcap=softcap)
+                scores = partial(
+                    causal_scores, window=window, scale=scale, softcap=softcap, starts=starts
+                )
                 mixed = _tapped(tap, scores, q, k, v, mixed)
         else:
             mixed = cached_attention(

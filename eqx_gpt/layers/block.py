@@ -4,6 +4,7 @@ import math
 
 import equinox as eqx
 import jax
+from jaxtyping import Array, Int
 
 from eqx_gpt.cache import KVCache
 from eqx_gpt.config import GPTConfig
@@ -62,6 +63,7 @@ class Block(eqx.Module):
         cache: KVCache | None = None,
         layer: int = 0,
         key: PRNGKey | None = None,
+        starts: Int[Array, "*batch seq"] | None = None,
         tap: Tap = NO_TAP,
     ) -> tuple[Hidden, KVCache | None]:
         """The stream after this block. `kind` is the layer's index in `config.layers`."""
@@ -70,7 +72,7 @@ class Block(eqx.Module):
         x = tap("input", x)
         normed = tap("attention.input", _normed(self.norm1, x))
         attended, cache = self.attention(
-            normed, kind=kind, cache=cache, layer=layer, key=keys[0], tap=tap
+            normed, kind=kind, cache=cache, layer=layer, key=keys[0], starts=starts, tap=tap
         )
         attended = tap("attention.output", _normed(self.post_norm1, attended))
         after = tap("middle", x + dropout(attended, rate, keys[1]))

@@ -1,4 +1,6 @@
-"""Linear maps and tables of vectors."""
+"""Linear maps, what adapts them, and tables of vectors."""
+
+import math
 
 import equinox as eqx
 import jax
@@ -13,11 +15,34 @@ from eqx_gpt.ops.pointwise import look_up
 from eqx_gpt.shapes import PRNGKey
 
 
+class LowRank(eqx.Module):
+    """x -> scale * (x @ a.T) @ b.T: a change of low rank (LoRA, Hu et al. 2021,
+    arXiv:2106.09685)."""
+
+    a: Float[Array, "rank in"]
+    b: Float[Array, "out rank"]
+    scale: float = eqx.field(static=True)
+
+    @staticmethod
+    def init(n_in: int, n_out: int, *, rank: int, scale: float, key: PRNGKey) -> "LowRank":
+        """No change yet: `b` is zero, `a` uniform in +-1 / sqrt(n_in), as in the authors' code."""
+        limit = 1 / math.sqrt(n_in)
+        a = jax.random.uniform(key, (rank, n_in), jnp.float32, -limit, limit)
+        return LowRank(a, jnp.zeros((n_out, rank), jnp.float32), scale)
+
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        return linear(linear(x, self.a), self.b) * jnp.asarray(self.scale, x.dtype)
+
+
 class Linear(eqx.Module):
-    """x -> x @ weight.T + bias. Weights lie as (out, in), as in torch files."""
+    """x -> x @ weight.T + bias. Weights lie as (out, in), as in torch files.
+
+    `lora` is an adapter, whose output is added (`eqx_gpt/lora.py`).
+    """
 
     weight: Float[Array, "out in"] | Int8
     bias: Float[Array, " out"] | None
+    lora: LowRank | None = None
 
     @staticmethod
     def init(n_in: int, n_out: int, *, bias: bool, std: float, key: PRNGKey) -> "Linear":
@@ -26,7 +51,8 @@ class Linear(eqx.Module):
         return Linear(weight, jnp.zeros(n_out, jnp.float32) if bias else None)
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        return linear(x, self.weight, self.bias)
+        y = linear(x, self.weight, self.bias)
+        return y if self.lora is None else y + self.lora(x)
 
 
 class Embedding(eqx.Module):

@@ -2,10 +2,12 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax import lax
+from jaxtyping import Array, Float, Int
 
 from eqx_gpt.ops import blocked_attention, fused
 from eqx_gpt.ops.dropout import dropout
@@ -23,22 +25,25 @@ def causal_attention(
     softcap: float | None = None,
     dropout_rate: float = 0.0,
     key: PRNGKey | None = None,
+    starts: Int[Array, "*batch seq"] | None = None,
 ) -> Float[Array, "*batch seq head head_dim"]:
     """softmax(q k^T * scale) v (Vaswani et al. 2017, arXiv:1706.03762), causal.
 
     Query i sees the keys at positions up to its own, the last `window` of them. Query heads share
     key-value heads in consecutive groups (arXiv:2305.13245). `scale` None is 1 / sqrt(head_dim);
     `softcap` bends the scaled scores to softcap * tanh(scores / softcap). Scores and softmax are
-    float32. `key` None means no dropout; with it, the weights of all pairs are held.
+    float32. `key` None means no dropout; with it, the weights of all pairs are held. Query i sees
+    no key before `starts[i]`, at most i: where its document begins, of several in a sequence.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if key is not None and dropout_rate > 0:
-        return _plain_attention(q, k, v, window, scale, softcap, dropout_rate, key)
+        return _plain_attention(q, k, v, starts, window, scale, softcap, dropout_rate, key)
     platform = fused.platform()
-    shape = {"dtype": q.dtype, "head_dim": q.shape[-1], "seq": q.shape[-3]}
-    if platform and not fused.refusal(platform, **shape, window=window, softcap=softcap):
-        return fused.attention(platform, q, k, v, window=window, scale=scale, softcap=softcap)
-    return _attention(q, k, v, window, scale, softcap)
+    options = {"window": window, "softcap": softcap}
+    asked = {"dtype": q.dtype, "head_dim": q.shape[-1], "seq": q.shape[-3], **options}
+    if platform and not fused.refusal(platform, **asked, packed=starts is not None):
+        return fused.attention(platform, q, k, v, scale=scale, starts=starts, **options)
+    return _attention(q, k, v, starts, window, scale, softcap)
 
 
 def causal_scores(
@@ -48,10 +53,11 @@ def causal_scores(
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    starts: Int[Array, "*batch seq"] | None = None,
 ) -> Float[Array, "*batch head seq seq"]:
     """The scores of `causal_attention` for all pairs, float32; -inf for what a query cannot see."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    scores = _grouped_scores(q, k, window, scale, softcap)
+    scores = _grouped_scores(q, k, starts, window, scale, softcap)
     return scores.reshape(*q.shape[:-3], q.shape[-2], q.shape[-3], q.shape[-3])
 
 
@@ -67,38 +73,58 @@ def mix(
 
 # Both platforms' paths keep the same few arrays for the backward pass. Differentiating through the
 # choice instead would keep what either of them wants.
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _attention(
-    q: Array, k: Array, v: Array, window: int | None, scale: float, softcap: float | None
+    q: Array,
+    k: Array,
+    v: Array,
+    starts: Array | None,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
 ) -> Array:
-    return _forward(q, k, v, window, scale, softcap)[0]
+    return _forward(q, k, v, starts, window, scale, softcap)[0]
 
 
 def _forward(
-    q: Array, k: Array, v: Array, window: int | None, scale: float, softcap: float | None
-) -> tuple[Array, tuple[Array, ...]]:
-    def blocked(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-        return blocked_attention.attend(q, k, v, window, scale, softcap)
+    q: Array,
+    k: Array,
+    v: Array,
+    starts: Array | None,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Array, tuple[Array | None, ...]]:
+    def blocked(q: Array, k: Array, v: Array, starts: Array | None) -> tuple[Array, Array]:
+        return blocked_attention.attend(q, k, v, starts, window, scale, softcap)
 
-    def plain(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-        out = _plain_attention(q, k, v, window, scale, softcap)
+    def plain(q: Array, k: Array, v: Array, starts: Array | None) -> tuple[Array, Array]:
+        out = _plain_attention(q, k, v, starts, window, scale, softcap)
         return out, jnp.zeros(q.shape[:-1], jnp.float32)
 
-    out, lse = by_platform(q, k, v, cpu=blocked, default=plain)
-    return out, (q, k, v, out, lse)
+    out, lse = by_platform(q, k, v, starts, cpu=blocked, default=plain)
+    return out, (q, k, v, starts, out, lse)
 
 
 def _backward(
-    window: int | None, scale: float, softcap: float | None, residuals: tuple[Array, ...], d: Array
-) -> tuple[Array, Array, Array]:
-    def blocked(q: Array, k: Array, v: Array, out: Array, lse: Array, d: Array) -> tuple:
-        return blocked_attention.attend_backward(q, k, v, out, lse, d, window, scale, softcap)
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    residuals: tuple[Array | None, ...],
+    d: Array,
+) -> tuple[Array, Array, Array, None]:
+    def blocked(*arrays: Any) -> tuple:
+        return blocked_attention.attend_backward(
+            *arrays, window=window, scale=scale, softcap=softcap
+        )
 
-    def plain(q: Array, k: Array, v: Array, _: Array, __: Array, d: Array) -> tuple:
-        attend = partial(_plain_attention, window=window, scale=scale, softcap=softcap)
-        return jax.vjp(attend, q, k, v)[1](d)
+    def plain(q: Array, k: Array, v: Array, starts: Array | None, *rest: Array) -> tuple:
+        def attend(q: Array, k: Array, v: Array) -> Array:
+            return _plain_attention(q, k, v, starts, window, scale, softcap)
 
-    return by_platform(*residuals, d, cpu=blocked, default=plain)
+        return jax.vjp(attend, q, k, v)[1](rest[-1])
+
+    return *by_platform(*residuals, d, cpu=blocked, default=plain), None
 
 
 _attention.defvjp(_forward, _backward)
@@ -108,13 +134,14 @@ def _plain_attention(
     q: Array,
     k: Array,
     v: Array,
+    starts: Array | None,
     window: int | None,
     scale: float,
     softcap: float | None,
     dropout_rate: float = 0.0,
     key: PRNGKey | None = None,
 ) -> Array:
-    scores = _grouped_scores(q, k, window, scale, softcap)
+    scores = _grouped_scores(q, k, starts, window, scale, softcap)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     weights = dropout(weights, dropout_rate, key)
     mixed = jnp.einsum("...kgst,...tkd->...skgd", weights, v)
@@ -122,7 +149,12 @@ def _plain_attention(
 
 
 def _grouped_scores(
-    q: Array, k: Array, window: int | None, scale: float, softcap: float | None
+    q: Array,
+    k: Array,
+    starts: Array | None,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
 ) -> Float[Array, "*batch kv_head group seq seq"]:
     *batch, seq, head, head_dim = q.shape
     kv_head = k.shape[-2]
@@ -133,4 +165,10 @@ def _grouped_scores(
         scores = softcap * jnp.tanh(scores / softcap)
     distance = jnp.arange(seq)[:, None] - jnp.arange(seq)[None, :]
     visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-    return jnp.where(jnp.broadcast_to(visible, scores.shape), scores, -jnp.inf)
+    visible = jnp.broadcast_to(visible, scores.shape)
+    if starts is not None:
+        first = jnp.broadcast_to(starts[..., None, None, :, None], scores.shape)
+        visible = visible & (
+            lax.broadcasted_iota(first.dtype, scores.shape, scores.ndim - 1) >= first
+        )
+    return jnp.where(visible, scores, -jnp.inf)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from eqx_gpt.ops.exp import exp_of_negative
 from eqx_gpt.ops.matmul import product, row_major
@@ -29,6 +29,7 @@ def attend(
     q: Float[Array, "*batch seq head head_dim"],
     k: Float[Array, "*batch seq kv_head head_dim"],
     v: Float[Array, "*batch seq kv_head head_dim"],
+    starts: Int[Array, "*batch seq"] | None,
     window: int | None,
     scale: float,
     softcap: float | None,
@@ -36,7 +37,7 @@ def attend(
     """As `eqx_gpt.ops.attention.causal_attention`; also log(sum(exp(scores))) of each query."""
     group = q.shape[-2] // k.shape[-2]
     run = partial(_attend, window=window, scale=scale, softcap=softcap)
-    operands = _queries(q, group), _keys_transposed(k), _keys(v)
+    operands = _queries(q, group), _keys_transposed(k), _keys(v), _starts(starts, k.shape[-2])
     out, lse = _few_at_a_time(run, operands)
     return _unqueries(out, q.shape), _unqueries(lse[..., None], (*q.shape[:-1], 1))[..., 0]
 
@@ -45,6 +46,7 @@ def attend_backward(
     q: Float[Array, "*batch seq head head_dim"],
     k: Float[Array, "*batch seq kv_head head_dim"],
     v: Float[Array, "*batch seq kv_head head_dim"],
+    starts: Int[Array, "*batch seq"] | None,
     out: Float[Array, "*batch seq head head_dim"],
     lse: Float[Array, "*batch seq head"],
     d: Float[Array, "*batch seq head head_dim"],
@@ -66,6 +68,7 @@ def attend_backward(
         _queries_transposed(d, group),
         _queries(lse[..., None], group)[..., 0],
         _queries(delta[..., None], group)[..., 0],
+        _starts(starts, k.shape[-2]),
     )
     run = partial(_attend_backward, window=window, scale=scale, softcap=softcap)
     dq_t, dk, dv = _few_at_a_time(run, operands)
@@ -77,6 +80,7 @@ def _attend(
     q: Float[Array, "n g s d"],
     k_t: Float[Array, "n d s"],
     v: Float[Array, "n s d"],
+    starts: Int[Array, "n s"] | None,
     *,
     window: int | None,
     scale: float,
@@ -91,6 +95,9 @@ def _attend(
         scores = _bent(product(rows, k_t[:, :, first:end]), scale, softcap)
         position = np.tile(np.arange(i, end), group)
         seen = _visible(position[:, None], np.arange(first, end)[None, :], window, scores.shape)
+        if starts is not None:
+            start = _of_group(starts[:, i:end], group)[:, :, None]
+            seen = seen & _from(start, np.arange(first, end)[None, :], scores.shape)
         scores = jnp.where(seen, scores, _MASKED)
         top = lax.optimization_barrier(jnp.max(scores, axis=-1, keepdims=True))
         powers = exp_of_negative(scores - jnp.broadcast_to(top, scores.shape), q.dtype)
@@ -113,6 +120,7 @@ def _attend_backward(
     d_t: Float[Array, "n d g s"],
     lse: Float[Array, "n g s"],
     delta: Float[Array, "n g s"],
+    starts: Int[Array, "n s"] | None,
     *,
     window: int | None,
     scale: float,
@@ -139,6 +147,9 @@ def _attend_backward(
         scores = _bent(product(k[:, j:end], columns(q_t)), scale, softcap)
         position = np.tile(np.arange(j, last), group)
         seen = _visible(position[None, :], np.arange(j, end)[:, None], window, shape)
+        if starts is not None:
+            start = _of_group(starts[:, j:last], group)[:, None, :]
+            seen = seen & _from(start, np.arange(j, end)[:, None], shape)
         powers = exp_of_negative(jnp.minimum(scores - of_query(lse), 0), dtype)
         weights = lax.optimization_barrier(jnp.where(seen, powers, 0).astype(dtype))
         d_weights = product(v[:, j:end], columns(d_t))
@@ -166,6 +177,25 @@ def _visible(
     return jnp.broadcast_to(seen, shape)
 
 
+def _from(start: Array, key_position: np.ndarray, shape: tuple[int, ...]) -> Array:
+    """Which keys lie in the document of their query, which begins at `start`."""
+    keys = jnp.asarray(key_position, start.dtype)
+    return jnp.broadcast_to(keys, shape) >= jnp.broadcast_to(start, shape)
+
+
+def _starts(starts: Int[Array, "*batch s"] | None, kv_head: int) -> Int[Array, "n s"] | None:
+    if starts is None:
+        return None
+    seq = starts.shape[-1]
+    rows = starts.reshape(-1, 1, seq)
+    return jnp.broadcast_to(rows, (rows.shape[0], kv_head, seq)).reshape(-1, seq)
+
+
+def _of_group(starts: Int[Array, "n s"], group: int) -> Int[Array, "n gs"]:
+    n, seq = starts.shape
+    return jnp.broadcast_to(starts[:, None, :], (n, group, seq)).reshape(n, -1)
+
+
 def _block_size(seq: int) -> int:
     """The larger, the better the products; the smaller, the less is computed of the half that is
     masked."""
@@ -177,9 +207,10 @@ def _blocks(seq: int) -> list[tuple[int, int]]:
     return [(i, min(i + size, seq)) for i in range(0, seq, size)]
 
 
-def _few_at_a_time(run: Callable, operands: tuple[Array, ...]) -> tuple:
+def _few_at_a_time(run: Callable, operands: tuple[Array | None, ...]) -> tuple:
     """`run` over the leading axis, in as large parts as leave their scores in the caches."""
-    n, group, seq, _ = operands[0].shape  # the queries
+    assert operands[0] is not None  # the queries
+    n, group, seq, _ = operands[0].shape
     scores_of_one = group * _block_size(seq) * seq
     few = max(d for d in range(1, n + 1) if n % d == 0 and (d == 1 or d * scores_of_one <= _SCORES))
     if n == few:

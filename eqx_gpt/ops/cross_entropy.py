@@ -37,9 +37,14 @@ def cross_entropy(
     targets: Int[Array, "*batch seq"],
     bias: Float[Array, " vocab"] | None = None,
     softcap: float | None = None,
+    token_weights: Float[Array, "*batch seq"] | None = None,
 ) -> Scalar:
-    """Mean of -log softmax(head_logits(...))[target] in nats a token, float32."""
-    rows, labels, real = _chunked(hidden, weight, targets)
+    """Mean of -log softmax(head_logits(...))[target] in nats a token, float32.
+
+    `token_weights`, 1 if None, multiply the terms of the mean, over all tokens in any case. They
+    are data: they get no gradient.
+    """
+    rows, labels, real = _chunked(hidden, weight, targets, token_weights)
 
     def add_chunk(total: Scalar, chunk: tuple[Array, Array, Array]) -> tuple[Scalar, None]:
         x, y, mask = chunk
@@ -50,9 +55,14 @@ def cross_entropy(
 
 
 def _forward(
-    hidden: Array, weight: Array, targets: Array, bias: Array | None, softcap: float | None
+    hidden: Array,
+    weight: Array,
+    targets: Array,
+    bias: Array | None,
+    softcap: float | None,
+    token_weights: Array | None,
 ) -> tuple[Scalar, tuple[Array, Array, Array | None]]:
-    rows, labels, real = _chunked(hidden, weight, targets)
+    rows, labels, real = _chunked(hidden, weight, targets, token_weights)
     weight_t = transposed(weight)
     offset = None if bias is None else bias.astype(jnp.float32)[None, :]
 
@@ -92,16 +102,18 @@ def _forward(
 
 def _backward(
     softcap: float | None, residuals: tuple[Array, Array, Array | None], g: Scalar
-) -> tuple[Array, Array, None, Array | None]:
+) -> tuple[Array, Array, None, Array | None, None]:
     d_hidden, d_weight, d_bias = jax.tree.map(lambda d: d * g.astype(d.dtype), residuals)
-    return d_hidden, d_weight, None, d_bias
+    return d_hidden, d_weight, None, d_bias, None
 
 
 cross_entropy.defvjp(_forward, _backward)
 
 
-def _chunked(hidden: Array, weight: Array, targets: Array) -> tuple[Array, Array, Array]:
-    """Tokens in equal chunks, the last padded, and a mask that is 1 for real tokens."""
+def _chunked(
+    hidden: Array, weight: Array, targets: Array, token_weights: Array | None
+) -> tuple[Array, Array, Array]:
+    """Tokens in equal chunks, the last padded, and what each counts: padding nothing."""
     tokens = targets.size
     n_chunk = -(-tokens * weight.shape[0] // _CHUNK_LOGITS)
     chunk = -(-tokens // n_chunk)
@@ -109,6 +121,8 @@ def _chunked(hidden: Array, weight: Array, targets: Array) -> tuple[Array, Array
     rows = jnp.pad(hidden.reshape(tokens, -1), ((0, padding), (0, 0)))
     labels = jnp.pad(targets.reshape(tokens), (0, padding))
     real = (jnp.arange(n_chunk * chunk) < tokens).astype(jnp.float32)
+    if token_weights is not None:
+        real = jnp.pad(token_weights.astype(jnp.float32).reshape(tokens), (0, padding))
     return (
         rows.reshape(n_chunk, chunk, -1),
         labels.reshape(n_chunk, chunk),

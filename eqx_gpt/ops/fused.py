@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 Platform = Literal["cuda", "tpu"]
 
@@ -56,6 +56,7 @@ def refusal(
     window: int | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
+    packed: bool = False,
 ) -> str | None:
     """Why `attention` cannot compute this on `platform`; None if it can.
 
@@ -68,6 +69,8 @@ def refusal(
         if seq < _TPU_BLOCK:
             return f"{seq} positions do not fill one of its tiles of {_TPU_BLOCK}"
         return None
+    if packed:
+        return "it does not tell the documents within a sequence apart"
     if softcap is not None:
         return "it has no soft cap of the scores"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
@@ -89,6 +92,7 @@ def attention(
     window: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    starts: Int[Array, "*batch seq"] | None = None,
     interpret: bool = False,
 ) -> Float[Array, "*batch seq head head_dim"]:
     """`causal_attention` of whole sequences, where `refusal` is None.
@@ -101,7 +105,8 @@ def attention(
     if platform == "cuda":
         mixed = _cudnn(q, k, v, window, scale)
     else:
-        mixed = _splash(q, k, v, window, scale, softcap, interpret)
+        starts = None if starts is None else starts.reshape(-1, starts.shape[-1])
+        mixed = _splash(q, k, v, starts, window, scale, softcap, interpret)
     return mixed.reshape(*batch, *mixed.shape[1:])
 
 
@@ -116,6 +121,7 @@ def _splash(
     q: Array,
     k: Array,
     v: Array,
+    starts: Array | None,
     window: int | None,
     scale: float,
     softcap: float | None,
@@ -144,5 +150,9 @@ def _splash(
         jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, padded - seq), (0, 0)))
         for x in (q, k, v)
     )
-    mixed: Any = jax.vmap(kernel)(q, k, v)
+    segments = None
+    if starts is not None:  # a document is known by its beginning as well as by a number
+        ids = jnp.pad(starts, ((0, 0), (0, padded - seq)), constant_values=-1)
+        segments = splash.SegmentIds(q=ids, kv=ids)
+    mixed: Any = jax.vmap(kernel)(q, k, v, segments)
     return jnp.swapaxes(mixed[:, :, :seq], 1, 2)

@@ -9,7 +9,7 @@ from jaxtyping import Array
 T = TypeVar("T")
 
 
-def by_platform(*args: Array, cpu: Callable[..., T], default: Callable[..., T]) -> T:
+def by_platform(*args: Array | None, cpu: Callable[..., T], default: Callable[..., T]) -> T:
     """`cpu(*args)` in programs lowered for CPUs, `default(*args)` in all others.
 
     Both are traced; the choice is made when the program is lowered, so a program that is exported
