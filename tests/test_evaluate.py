@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import reference
 from architectures import ARCHITECTURES, lively, random_tokens
+from tiny_run import command, run
 
 from eqx_gpt import score
 from eqx_gpt.tree import named_arrays
@@ -146,3 +147,14 @@ def test_one_program_for_all_batches(model, monkeypatch):
     tokens = np.asarray(random_tokens(model.config, 53), np.uint16)
     measured(model, tokens, block_size=5, stride=2, micro_batch_size=4)
     assert traced == [(1, 5), (4, 2)]
+
+
+def test_without_the_harness(tmp_path, monkeypatch):
+    """One line says what to install, before any model is looked for."""
+    (tmp_path / "lm_eval.py").write_text("raise ModuleNotFoundError('No module named lm_eval')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    result = run(command("lm_eval.py", init_from="no/model", tasks="some"), tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("lm_eval: eqx_gpt.harness needs lm-evaluation-harness")
+    assert "pip install 'eqx-gpt[lm-eval]'" in line

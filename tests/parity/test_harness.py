@@ -15,14 +15,17 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from oracle import random_model
-from tiny_run import TEXT
+from tiny_run import TEXT, command, run
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from eqx_gpt.harness import HarnessLM
+from eqx_gpt.harness import HarnessLM, evaluate
+from eqx_gpt.tokenizer import CharTokenizer
 from weights import from_pretrained, load_tokenizer
 
 SPECIAL = ["<s>", "</s>", "<pad>", "<|sep|>"]
 SAID = 1.4  # so much more the models favour `</s>` and `<|sep|>`, or they would never say them
+TEMPLATE = """{{ bos_token }}{% for m in messages %}<|sep|>{{ m.role }}: {{ m.content | trim }}
+{% endfor %}{% if add_generation_prompt %}<|sep|>assistant:{% endif %}"""
 CONFIGS = {
     "gpt2": {"n_layer": 2, "n_head": 3, "n_embd": 21, "n_positions": 53},
     "llama": {
@@ -48,7 +51,7 @@ def tokenizer_of(kind: str) -> Any:
         )
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-        additional_special_tokens=["<|sep|>"],
+        additional_special_tokens=["<|sep|>"], chat_template=TEMPLATE,
     )  # fmt: skip
 
 
@@ -70,6 +73,7 @@ class Pair:
         self.theirs = HFLM(
             pretrained=hf, tokenizer=tokenizer, batch_size=3, device="cpu", logits_cache=False
         )
+        self.directory = directory
         self.ours = HarnessLM(from_pretrained(directory), load_tokenizer(directory), batch_size=4)
 
     def ask(self, kind: str, *arguments: tuple[Any, ...]) -> tuple[Any, Any]:
@@ -248,3 +252,72 @@ def test_special_tokens_in_answers(pair: Pair, monkeypatch: pytest.MonkeyPatch) 
         said.append(ours)
     assert said[0] != said[1]
     assert min(map(len, said[0])) < 5  # so that `</s>` ended one
+
+
+@pytest.mark.parametrize("pair", ["llama"], indirect=True)
+def test_chat_template(pair: Pair) -> None:
+    """Also where the last message is to be continued."""
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": " Jack? "},
+        {"role": "assistant", "content": "Jack and "},
+    ]
+    assert pair.ours.chat_template(True) == pair.theirs.chat_template(True) == TEMPLATE
+    for history in (turns[:2], turns):
+        for prompted in (True, False):
+            found, expected = (
+                lm.apply_chat_template(list(history), add_generation_prompt=prompted)
+                for lm in (pair.ours, pair.theirs)
+            )
+            assert found == expected
+            assert pair.ours.tok_encode(found) == pair.theirs.tok_encode(expected)
+
+
+@pytest.mark.parametrize("pair", ["gpt2"], indirect=True)
+def test_command(pair: Pair, tasks: TaskManager, tmp_path: Path) -> None:
+    """The scores of `HarnessLM`, as JSON; then what a person may get wrong."""
+    place = tasks.include_path
+    flags = {"init_from": pair.directory, "include_path": place, "limit": 5}
+    result = run(command("lm_eval.py", tasks="choice,texts", **flags), tmp_path)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    expected = simple_evaluate(
+        pair.ours, tasks=["choice", "texts"], task_manager=tasks, limit=5, bootstrap_iters=0
+    )
+    assert expected is not None
+    for task in ("choice", "texts"):
+        for metric, score in expected["results"][task].items():
+            if isinstance(score, float) and "stderr" not in metric:
+                assert found["results"][task][metric] == pytest.approx(score, rel=1e-6)
+    assert found["n-samples"]["choice"] == {"original": 11, "effective": 5}
+    assert "|acc_norm" in result.stderr
+    flags["gen_kwargs"] = "max_gen_toks=53"
+    result = run(command("lm_eval.py", tasks="questions", **flags), tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("lm_eval: max_gen_toks=53 leaves no room for a prompt in max_length=53")
+
+
+@pytest.mark.parametrize("pair", ["gpt2"], indirect=True)
+def test_mistakes(pair: Pair, tasks: TaskManager) -> None:
+    def load() -> HarnessLM:
+        raise AssertionError("tasks are looked up before the model is loaded")
+
+    with pytest.raises(ValueError, match="'none' is no directory of tasks"):
+        evaluate(load, ["choice"], include_path="none")
+    with pytest.raises(ValueError, match="unknown task 'choise'; did you mean 'choice'"):
+        evaluate(load, ["choise"], include_path=str(tasks.include_path))
+    model, tokenizer = pair.ours.model, pair.ours.tokenizer
+    with pytest.raises(ValueError, match="max_length=54 is outside 1 to the model's 53"):
+        HarnessLM(model, tokenizer, max_length=54)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        HarnessLM(model, tokenizer, batch_size=0)
+    characters = HarnessLM(model, CharTokenizer.from_text(TEXT))
+    with pytest.raises(ValueError, match="no token that begins or ends a text"):
+        characters.loglikelihood([Instance("loglikelihood", {}, ("", "Jack"), 0)], True)
+    asked = Instance("generate_until", {}, ("Jack", {"penalty_alpha": 0.6}), 0)
+    with pytest.raises(ValueError, match=r"\{'penalty_alpha': 0.6\} are not known here"):
+        pair.ours.generate_until([asked], True)
+    asked = Instance("loglikelihood", {}, ("Jack", " and" * 99), 0)
+    with pytest.raises(ValueError, match="has 99 tokens, expected 1 to max_length=53"):
+        pair.ours.loglikelihood([asked], True)
