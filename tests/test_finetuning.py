@@ -18,7 +18,9 @@ from eqx_gpt.config import AttentionConfig, MLPConfig, NormConfig, PositionConfi
 from eqx_gpt.tree import named_arrays
 from train.config import TrainConfig
 from train.loop import train as run_training
-from train.manifest import Manifest
+from train.manifest import DatasetError, Manifest
+from train.presets import get_preset
+from train.resolve import Wishes, open_data
 from train.run import run_config
 from weights import from_pretrained, save_pretrained
 
@@ -152,6 +154,14 @@ def test_what_cannot_be_trained_is_refused(change, words, config, data, start, t
     with pytest.raises(ValueError, match=words):
         run_training(config, data, pretrained=lambda: start[1])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dataset_in_a_models_tokens_is_asked_for(tmp_path):
+    """Its preset cannot do with the standard library's source, which is in GPT-2's."""
+    wishes = Wishes("finetune-shakespeare-lora", None, {})
+    config = dataclasses.replace(get_preset(wishes.preset), data_dir=str(tmp_path))
+    with pytest.raises(DatasetError, match="--name shakespeare_smollm2 --tokenizer smollm2-135m"):
+        open_data(wishes, config)
 
 
 def test_values_that_mean_nothing():

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train.config import TrainConfig, read_config_file, with_fields
-from train.datasets import is_prepared, prepare
-from train.manifest import Manifest
+from train.datasets import OPTIONS, is_prepared, prepare
+from train.manifest import DatasetError, Manifest
 from train.presets import get_preset
 from train.run import has_run, run_config
 
@@ -56,6 +56,12 @@ def open_data(wishes: Wishes, config: TrainConfig) -> tuple[TrainConfig, Manifes
     chosen = in_file or "dataset" in wishes.flags
     if not chosen and not is_prepared(Path(config.data_dir) / config.dataset):
         where = "" if config.data_dir == "data" else f" --data_dir {config.data_dir}"
+        if config.dataset not in OPTIONS:  # in another model's tokens, which stdlib's are not
+            raise DatasetError(
+                f"dataset {config.dataset!r} is not prepared; make it of a text: python "
+                f"scripts/prepare.py text --files FILE --name {config.dataset} --tokenizer "
+                f"{config.init_from}{where}"
+            )
         said = (
             f"DATASET {config.dataset!r} IS NOT PREPARED: training on {FALLBACK!r} instead, the "
             f"source of Python's standard library. To prepare it: python scripts/prepare.py "
