@@ -9,7 +9,7 @@ import reference
 from architectures import ARCHITECTURES, lively, random_tokens
 
 from eqx_gpt import GPT, generate
-from eqx_gpt.generate import Sampler
+from eqx_gpt.sampling import Sampler
 
 logits = eqx.filter_jit(lambda model, tokens: model(tokens))
 
