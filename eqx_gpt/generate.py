@@ -141,8 +141,8 @@ def pad_prompts(
 class _Run:
     """One continuation: which programs run, from where to where.
 
-    The prompt is cut and padded, and the answer put together, by NumPy on the host, for which no
-    program has to be compiled for each length; by jax where a caller traces this.
+    The prompt is cut and padded, and the answer put together, by NumPy on the host and placed by
+    `device_put`, so that no program is compiled for each length; by jax where a caller traces.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class _Run:
             reached = int(state.length)
             # A copy: the next chunk is written into the same memory.
             yield np.array(state.tokens)[..., given:reached]
-            given = self.end if bool(state.done.all()) else reached
+            given = self.end if np.asarray(state.done).all() else reached
 
     def _begun(self) -> State:
         """After the first new token."""
@@ -196,7 +196,7 @@ class _Run:
         spare = 0 if self.draft is None else self.draft.n_token + 1
         total = _rounded_up(n + self.n_new + spare)
         padding = [(0, 0)] * (prompt.ndim - 1) + [(0, min(_rounded_up(n), longest) - n)]
-        window = jnp.asarray(xp.pad(prompt[..., seq - n :], padding))
+        window = jax.device_put(xp.pad(prompt[..., seq - n :], padding))
         if self.draft is not None:
             self.draft_cache = read_prompt(self.draft, window, jnp.int32(n), start, total)
         return prefill(self.model, self.rules, window, jnp.int32(n), start, total)
@@ -230,7 +230,7 @@ class _Run:
         logprobs = xp.zeros(there.shape, xp.float32)
         if state.logprobs is not None:
             logprobs = xp.where(there, xp.asarray(state.logprobs), xp.float32(0))
-        return Generated(jnp.asarray(tokens), jnp.asarray(logprobs[..., new]), state.passes)
+        return Generated(jax.device_put(tokens), jax.device_put(logprobs[..., new]), state.passes)
 
 
 def _checked_prompt(
