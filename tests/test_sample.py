@@ -163,6 +163,15 @@ def test_refused_settings(flags: dict[str, Any], words: str) -> None:
         Arguments(**flags)
 
 
+def test_nothing_is_printed_before_a_mistake_is_found(
+    letters: tuple[GPT, CharTokenizer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    speaker = Speaker(*letters, Arguments(num_samples=1, top_p=2.0))
+    with pytest.raises(ValueError, match=r"top_p must be in \(0, 1\], got 2.0"):
+        modes.samples(speaker, "AB")
+    assert capsys.readouterr().out == ""
+
+
 def test_refused_models(letters: tuple[GPT, CharTokenizer], tmp_path: Path) -> None:
     model, tokenizer = letters
     with pytest.raises(ValueError, match="nobody has no chat template"):

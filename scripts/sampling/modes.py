@@ -19,8 +19,7 @@ def samples(speaker: Speaker, prompt: str) -> None:
         n = min(left, options.batch_size or left)
         if n == 1:
             _rule(first)
-            print(prompt, end="", flush=True)
-            speaker.say([ids], ends)
+            speaker.say([ids], ends, after=prompt)
             print(flush=True)
         else:
             for text in speaker.say([ids] * n, ends):
@@ -36,8 +35,7 @@ def interactive(speaker: Speaker) -> None:
     while (line := _next_line()) is not None:
         if line:
             ids = prompt_ids(speaker.tokenizer, line)
-            print(line, end="", flush=True)
-            speaker.say([ids], ends)
+            speaker.say([ids], ends, after=line)
             print(flush=True)
 
 

@@ -41,8 +41,11 @@ class Speaker:
             )
         return Draft(self._prepared(from_pretrained(name)), self.options.n_draft)
 
-    def say(self, prompts: Sequence[Sequence[int]], ends: Sequence[int]) -> list[str]:
-        """The continuation of each prompt. Of a single one, each piece is printed as it is made."""
+    def say(
+        self, prompts: Sequence[Sequence[int]], ends: Sequence[int], after: str = ""
+    ) -> list[str]:
+        """The continuation of each prompt. Of a single one, each piece is printed as it is made,
+        after the text `after`. ValueError for a setting outside its range, and nothing printed."""
         options = self.options
         pieces = stream_texts(
             self.model,
@@ -61,6 +64,8 @@ class Speaker:
             draft=self.draft,
         )
         self._n_drawn += 1
+        if len(prompts) == 1:
+            print(after, end="", flush=True)
         texts = [""] * len(prompts)
         for new in pieces:
             texts = [text + piece for text, piece in zip(texts, new, strict=True)]
