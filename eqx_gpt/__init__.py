@@ -12,11 +12,16 @@ from eqx_gpt.config import MLPConfig as MLPConfig
 from eqx_gpt.config import NormConfig as NormConfig
 from eqx_gpt.config import PositionConfig as PositionConfig
 from eqx_gpt.config import YarnScaling as YarnScaling
+from eqx_gpt.generate import Generated as Generated
 from eqx_gpt.generate import generate as generate
+from eqx_gpt.generate import generate_with_logprobs as generate_with_logprobs
 from eqx_gpt.generate import pad_prompts as pad_prompts
 from eqx_gpt.generate import stream as stream
 from eqx_gpt.gpt import GPT as GPT
 from eqx_gpt.inference import for_inference as for_inference
+from eqx_gpt.speculative import Draft as Draft
+from eqx_gpt.text import complete as complete
+from eqx_gpt.text import stream_text as stream_text
 from eqx_gpt.tree import cast as cast
 from eqx_gpt.tree import count_params as count_params
 from eqx_gpt.zoo import get_config as get_config

@@ -295,4 +295,6 @@ def check_tokens(tokens: TokensLike, config: GPTConfig, *, any_length: bool = Fa
                 f"token {bad} lies outside the vocabulary, 0 to {config.vocab_size - 1}; "
                 "was the text encoded by another model's tokenizer?"
             )
-    return jnp.asarray(tokens, jnp.int32)
+    if isinstance(tokens, jax.Array):
+        return tokens.astype(jnp.int32)
+    return jax.device_put(np.asarray(tokens, np.int32))  # compiles nothing, as jnp.asarray would

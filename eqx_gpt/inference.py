@@ -31,15 +31,27 @@ def for_inference(model: GPT, quantize: str | None = None) -> GPT:
         raise ValueError(f"quantize must be None or 'int8', got {quantize!r}")
     if isinstance(model.blocks, tuple):
         raise ValueError("this model is laid out for inference already; give the original")
-    return _laid_out(model, quantize == "int8")
+    return _converted(model, quantize == "int8")
+
+
+def lay_out(model: GPT) -> GPT:
+    """The same numbers with every layer as a block of its own, if it is not so already.
+
+    A program that reads a layer of the stack copies it first, each time that it is called.
+    """
+    return model if isinstance(model.blocks, tuple) else _unstacked(model)
 
 
 @eqx.filter_jit
-def _laid_out(model: GPT, int8: bool) -> GPT:
-    model = merge(model)
+def _unstacked(model: GPT) -> GPT:
     n_layer = model.config.n_layer
     blocks = tuple(jax.tree.map(operator.itemgetter(i), model.blocks) for i in range(n_layer))
-    model = eqx.tree_at(lambda m: m.blocks, model, blocks)
+    return eqx.tree_at(lambda m: m.blocks, model, blocks)
+
+
+@eqx.filter_jit
+def _converted(model: GPT, int8: bool) -> GPT:
+    model = _unstacked(merge(model))
     if int8:  # from the exact weights: bfloat16 would round them once more
         model = jax.tree.map(
             lambda x: _quantized(x) if isinstance(x, Linear) else x,

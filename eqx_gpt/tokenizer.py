@@ -43,6 +43,11 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def prefix(self) -> tuple[int, ...]:
+        """What the model expects before every text, mostly nothing. `encode` does not add it."""
+        ...
+
+    @property
     def special_tokens(self) -> Mapping[str, str]:
         """The text of each special token, by its name in transformers: `bos_token` and so on."""
         ...
@@ -100,6 +105,10 @@ class CharTokenizer:
         return None
 
     @property
+    def prefix(self) -> tuple[int, ...]:
+        return ()
+
+    @property
     def special_tokens(self) -> Mapping[str, str]:
         return {}
 
@@ -152,6 +161,10 @@ class GPT2Tokenizer:
     @property
     def end_of_text(self) -> int:
         return 50256
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        return ()
 
     @property
     def special_tokens(self) -> Mapping[str, str]:
@@ -266,6 +279,13 @@ class JSONTokenizer:
     @property
     def end_of_text(self) -> int | None:
         return None if self.end_of_text_token is None else self.token_id(self.end_of_text_token)
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """Of the file's post-processor: what it puts before a text, but not what after it."""
+        made = self._tokenizers["text"].encode("a", add_special_tokens=True)
+        own = made.special_tokens_mask.index(0) if 0 in made.special_tokens_mask else 0
+        return tuple(made.ids[:own])
 
     def token_id(self, token: str) -> int | None:
         """The id of one token of the vocabulary, None if it is none."""

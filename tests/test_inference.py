@@ -1,6 +1,5 @@
 """Decoding as it is meant to be fast: batches of unequal prompts, streams, weights in int8."""
 
-import importlib
 import re
 
 import equinox as eqx
@@ -17,15 +16,15 @@ from eqx_gpt import (
     KVCache,
     cast,
     count_params,
+    decoding,
     for_inference,
     generate,
     pad_prompts,
     stream,
 )
 from eqx_gpt.ops.int8 import Int8
+from eqx_gpt.sampling import Sampler
 from eqx_gpt.tree import named_arrays
-
-decoding = importlib.import_module("eqx_gpt.generate")  # the package has a function of that name
 
 
 @pytest.fixture
@@ -174,11 +173,12 @@ def test_decoding_copies_neither_cache_nor_weights(quantize: str | None) -> None
     """In the loop over tokens, and ahead of it."""
     config = GPTConfig(n_layer=2, n_head=4, n_embd=256, block_size=512, vocab_size=1024)
     model = for_inference(GPT.init(config, key=jax.random.key(0)), quantize)
-    rules = decoding.Rules.init(config, None, 0.0, None, None, None, ())
+    rules = decoding.Rules.init(config, Sampler.init(0.0), None)
     zero, done = jnp.zeros((), jnp.int32), jnp.zeros(1, bool)
     cache = KVCache.init(config, (1,), 512).advance(3)
-    state = decoding.State(jnp.zeros((1, 512), jnp.int32), zero + 4, zero + 1, done, cache)
-    lowered = decoding._decode.lower((model, rules, np.int32(64)), state)
+    tokens = jnp.zeros((1, 512), jnp.int32)
+    state = decoding.State(tokens, None, zero + 4, zero + 1, zero + 1, done, None, cache)
+    lowered = decoding.decode.lower((model, rules, np.int32(64)), state)
     text = lowered.compile().compiled.as_text()  # of the wrapper that Equinox puts around it
     fused = set(re.findall(r"(?:calls|to_apply)=%([\w.\-]+)", text))
     cached, large = 0, []
