@@ -16,6 +16,7 @@ from eqx_gpt import inspect
 from eqx_gpt.gpt import GPT, check_tokens
 from eqx_gpt.layers.block import Block
 from eqx_gpt.layers.norm import Norm
+from eqx_gpt.lora import merge
 from eqx_gpt.shapes import TokensLike
 
 
@@ -63,7 +64,7 @@ def attribute(
     if not isinstance(model.blocks, Block):
         raise ValueError("this model is laid out for inference; give the original")
     *batch, seq = check_tokens(tokens, model.config).shape
-    batch = tuple(batch)
+    batch, model = tuple(batch), merge(model)
     if not -seq <= position < seq:
         raise ValueError(f"position {position} lies outside a sequence of {seq} tokens")
     learned = model.wpe is not None

@@ -88,13 +88,7 @@ class GPT(eqx.Module):
         axis, if the sequence is empty or longer than `block_size`, or if a token lies outside
         the vocabulary (known only outside jit).
         """
-        tokens = check_tokens(tokens, self.config)
-        if starts is not None and starts.shape != tokens.shape:
-            raise ValueError(
-                f"starts of shape {starts.shape} do not fit tokens of shape {tokens.shape}; give "
-                "one for each token"
-            )
-        hidden, _ = self.hidden(tokens, key=key, starts=starts)
+        hidden, _ = self.hidden(check_tokens(tokens, self.config), key=key, starts=starts)
         return self.unembed(hidden)
 
     def extend(self, tokens: TokensLike, cache: KVCache) -> tuple[Logits, KVCache]:
@@ -122,6 +116,11 @@ class GPT(eqx.Module):
         """
         if cache is not None and starts is not None:
             raise ValueError("give a cache or starts: documents within a sequence are not cached")
+        if starts is not None and starts.shape != tokens.shape:
+            raise ValueError(
+                f"starts of shape {starts.shape} do not fit tokens of shape {tokens.shape}; give "
+                "one for each token"
+            )
         tap = NO_TAP if taps is None else taps.outside
         key_embed, key_blocks = (None, None) if key is None else jax.random.split(key)
         x = self.wte(tokens)

@@ -26,6 +26,7 @@ def run(
     *,
     capture: str | Sequence[str] = (),
     edits: Mapping[str, Edit] | None = None,
+    starts: Int[Array, "*batch seq"] | None = None,
 ) -> tuple[Logits, dict[str, Array]]:
     """The logits of `model(tokens)`, with activations captured and changed on the way.
 
@@ -35,7 +36,7 @@ def run(
 
     **Arguments:**
 
-    - `tokens`: as for `GPT.__call__`.
+    - `tokens`, `starts`: as for `GPT.__call__`.
     - `capture`: names of activations, which are shown after their edits.
     - `edits`: by name, an array to take the activation's place, or a function
       `(value, layer) -> value`. `layer` is the block's number, an int32 scalar which may be traced
@@ -53,7 +54,7 @@ def run(
     if model.wpe is None and "positions" in (*captures, *edits):
         raise ValueError("no activation 'positions': this model has no table of positions")
     taps = Taps.init(captures, edits, model.config.n_layer)
-    hidden, _ = model.hidden(check_tokens(tokens, model.config), taps=taps)
+    hidden, _ = model.hidden(check_tokens(tokens, model.config), taps=taps, starts=starts)
     logits = taps.outside("logits", model.unembed(hidden))
     return logits, taps.seen(captures)
 

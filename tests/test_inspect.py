@@ -17,7 +17,7 @@ import reference
 from architectures import ARCHITECTURES, lively, random_tokens
 
 import eqx_gpt
-from eqx_gpt import GPT, inspect
+from eqx_gpt import GPT, LoRAConfig, inspect, lora
 from eqx_gpt.attribution import attribute
 from eqx_gpt.paths import PathPatching
 from eqx_gpt.pictures import attention_picture, heads_picture, lens_picture
@@ -355,6 +355,27 @@ def test_batch_vmap_and_one_sequence_show_the_same(llama: GPT) -> None:
         axis = int("*" in name)
         assert error(jnp.stack([s[name] for _, s in alone], axis=axis), seen[name]) < 2e-6
         assert error(jnp.moveaxis(seen_mapped[name], 0, axis), seen[name]) < 2e-6
+
+
+def test_packed_documents_show_what_each_shows_alone(llama: GPT) -> None:
+    documents = [random_tokens(llama.config, n, seed=n) for n in (3, 5)]
+    starts = jnp.asarray([0] * 3 + [3] * 5)
+    names = ("blocks.*.attention.heads", "blocks.1.attention.weights", "norm")
+    _, packed = run(llama, np.concatenate(documents), capture=names, starts=starts)
+    for tokens, part in zip(documents, (slice(0, 3), slice(3, 8)), strict=True):
+        _, alone = run(llama, tokens, capture=names)
+        assert error(packed[names[0]][:, part], alone[names[0]]) < 2e-6
+        assert error(packed[names[1]][:, part, part], alone[names[1]]) < 2e-6
+        assert error(packed[names[2]][part], alone[names[2]]) < 2e-6
+    assert not np.any(packed[names[1]][:, 3:, :3])
+
+
+def test_adapters_have_their_share(llama: GPT) -> None:
+    tokens, target = random_tokens(llama.config, SEQ), np.array(3)
+    adapted = lora.init(llama, LoRAConfig(rank=2), key=jax.random.key(0))
+    adapted = jax.tree.map(lambda x: x + 0.1, adapted)  # or else they would add nothing yet
+    logits, _ = run(adapted, tokens)
+    assert abs(attribute(adapted, tokens, target).total - logits[-1, 3]) < 1e-4
 
 
 def test_models_laid_out_for_inference(llama: GPT) -> None:
