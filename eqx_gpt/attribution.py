@@ -9,6 +9,7 @@ circuits"; logit attribution in TransformerLens).
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -21,7 +22,8 @@ from eqx_gpt.shapes import TokensLike
 
 
 class Attribution(eqx.Module):
-    """Shares in a logit, or in a difference of two; they sum to it, before any soft cap.
+    """Shares in a logit, or in a difference of two; they sum to it, before any soft cap, as far
+    as the dtype of the model's weights goes.
 
     `attention_bias` is of the biases of the output projections and of norms after attention;
     `bias` of the last norm and of the head. An mlp's own bias is in its share.
@@ -116,9 +118,9 @@ def attribute(
 
 def _row(model: GPT, ids: TokensLike, batch: tuple[int, ...]) -> tuple[Array, Array]:
     """The rows of the head for these tokens, and their biases."""
-    ids = jnp.asarray(ids, jnp.int32)
-    if ids.shape != batch:
-        raise ValueError(f"token ids have shape {ids.shape}, expected one a sequence: {batch}")
+    if np.shape(ids) != batch:
+        raise ValueError(f"token ids have shape {np.shape(ids)}, expected one a sequence: {batch}")
+    ids = check_tokens(jnp.asarray(ids)[..., None], model.config)[..., 0]
     assert isinstance(model.head_weight, jax.Array)
     bias = jnp.zeros(batch, jnp.float32) if model.head_bias is None else model.head_bias[ids]
     return model.head_weight[ids].astype(jnp.float32), bias.astype(jnp.float32)

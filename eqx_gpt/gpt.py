@@ -116,6 +116,8 @@ class GPT(eqx.Module):
         """
         if cache is not None and starts is not None:
             raise ValueError("give a cache or starts: documents within a sequence are not cached")
+        if cache is not None and taps is not None:
+            raise ValueError("give a cache or taps: attention to a cache shows no pairs")
         if starts is not None and starts.shape != tokens.shape:
             raise ValueError(
                 f"starts of shape {starts.shape} do not fit tokens of shape {tokens.shape}; give "

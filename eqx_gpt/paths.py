@@ -65,18 +65,25 @@ class PathPatching(eqx.Module):
         queries, keys or values. Heads that share a key-value head hear through it together."""
         site = f"blocks.*.attention.{read}"
         _, heard = inspect.run(model, self.tokens, edits=self._edits(senders), capture=[site])
-        receivers = jnp.asarray(receivers)
+        receivers = self._checked(receivers)
         if read != "q":
-            n_layer, n_head = receivers.shape
-            receivers = receivers.reshape(n_layer, model.config.n_kv_head, -1).any(axis=-1)
-            assert n_head % model.config.n_kv_head == 0
+            receivers = receivers.reshape(len(receivers), model.config.n_kv_head, -1).any(axis=-1)
         edit = inspect.ReplaceHeads(receivers, heard[site])
         return inspect.run(model, self.tokens, edits={site: edit})[0]
 
     def _edits(self, senders: Bool[Array | np.ndarray, "layer head"]) -> dict[str, inspect.Edit]:
-        spoken = _Spoken(jnp.asarray(senders), self.clean[_HEADS], self.other[_HEADS])
+        spoken = _Spoken(self._checked(senders), self.clean[_HEADS], self.other[_HEADS])
         held = {_MLPS: self.clean[_MLPS]} if self.through == "residual" else {}
         return {_HEADS: spoken, **held}
+
+    def _checked(self, heads: Bool[Array | np.ndarray, "layer head"]) -> Bool[Array, "layer head"]:
+        expected = (len(self.clean[_HEADS]), self.clean[_HEADS].shape[-2])
+        if jnp.shape(heads) != expected:
+            raise ValueError(
+                f"a mask of heads has shape {jnp.shape(heads)}, expected {expected} "
+                "(inspect.head_mask)"
+            )
+        return jnp.asarray(heads)
 
 
 class _Spoken(eqx.Module):

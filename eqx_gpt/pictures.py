@@ -26,6 +26,7 @@ def attention_picture(
             ticks = range(len(labels))
             axes.set_xticks(ticks, labels, rotation=90, fontsize=7)
             axes.set_yticks(ticks, labels, fontsize=7)
+        _as_written(axes)
     return figure
 
 
@@ -42,6 +43,7 @@ def heads_picture(
     for axes, (title, grid) in zip(every, grids.items(), strict=True):
         image = axes.imshow(grid, vmin=-largest, vmax=largest, cmap="RdBu_r", aspect="auto")
         axes.set(title=title, xlabel="head", ylabel="layer")
+        _as_written(axes)
     figure.colorbar(image, ax=every, label=unit)
     return figure
 
@@ -67,6 +69,7 @@ def lens_picture(
         )  # fmt: skip
     axes.set_xticks(range(seq), labels, rotation=45, ha="right", fontsize=7)
     axes.set(ylabel="after block")
+    _as_written(axes)
     figure.colorbar(image, ax=axes, label="probability")
     return figure
 
@@ -80,3 +83,9 @@ def _figure(width: float, height: float) -> "Figure":
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _as_written(axes: Any) -> None:
+    """Tokens may hold dollar signs, which matplotlib takes for mathematics."""
+    for text in (axes.title, *axes.get_xticklabels(), *axes.get_yticklabels()):
+        text.set_parse_math(False)

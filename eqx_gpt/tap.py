@@ -20,22 +20,24 @@ from eqx_gpt.config import did_you_mean
 
 MODEL_SITES = {
     "embedding": "*batch seq d_model: the tokens' embeddings, scaled if the model scales them",
-    "positions": "seq d_model: what a learned table of positions adds to them",
+    "positions": "seq d_model: what a learned table of positions adds to them "
+    "(*batch seq d_model with starts)",
     "norm": "*batch seq d_model: the residual stream after the last norm, which the head reads",
     "logits": "*batch seq vocab",
 }
 BLOCK_SITES = {
     "input": "*batch seq d_model: the residual stream before the block",
-    "attention.input": "*batch seq d_model: what attention reads, normalised",
+    "attention.input": "*batch seq d_model: what attention reads",
     "attention.q": "*batch seq head head_dim: queries as they meet keys, normalised and rotated",
     "attention.k": "*batch seq kv_head head_dim: keys, likewise",
     "attention.v": "*batch seq kv_head head_dim",
-    "attention.scores": "*batch head seq seq: query by key, scaled, capped; -inf where hidden",
+    "attention.scores": "*batch head seq seq: query by key, scaled, capped; -inf where "
+    "hidden, so that 0 * scores is no number",
     "attention.weights": "*batch head seq seq: their softmax",
     "attention.heads": "*batch seq head head_dim: each head's mean of values",
     "attention.output": "*batch seq d_model: what attention adds to the stream",
     "middle": "*batch seq d_model: the stream with it",
-    "mlp.input": "*batch seq d_model: what the mlp reads, normalised",
+    "mlp.input": "*batch seq d_model: what the mlp reads",
     "mlp.inner": "*batch seq d_ff: its hidden units, after activation and gate",
     "mlp.output": "*batch seq d_model: what the mlp adds to the stream",
     "output": "*batch seq d_model: the residual stream after the block",
@@ -115,7 +117,12 @@ class Taps:
     @staticmethod
     def init(captures: Sequence[str], edits: Mapping[str, Edit], n_layer: int) -> "Taps":
         """ValueError, with the near names, for a name that is not there."""
-        requests = [*((name, None) for name in captures), *edits.items()]
+        for name, edit in edits.items():
+            if edit is None:
+                raise ValueError(f"the edit of {name!r} is None; give an array or a function")
+        # By name, for a dict that has passed through jit is in another order.
+        ordered = sorted(edits.items(), key=lambda item: not item[0].startswith("blocks.*"))
+        requests = [*((name, None) for name in captures), *ordered]
         parsed = [Request(name, *_parse(name, n_layer), edit) for name, edit in requests]
         outside = tuple(request for request in parsed if request.layers == (None,))
         inside = tuple(request for request in parsed if request.layers != (None,))
@@ -133,9 +140,10 @@ class Taps:
         return Tap(tuple(requests), 0, self.n_layer)
 
     def room(self, shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
-        """For what a block shows, as many as the layers that are asked to."""
+        """For what a block shows, as many as the layers that are asked to, and one for the others:
+        a condition on so large a thing would copy all of it."""
         return {
-            site: jnp.zeros((len(self._layers(site)), *x.shape), x.dtype)
+            site: jnp.zeros((len(self._layers(site)) + 1, *x.shape), x.dtype)
             for site, x in shapes.items()
         }
 
@@ -146,17 +154,12 @@ class Taps:
         return {site: self._kept(site, kept[site], seen.get(site), layer) for site in kept}
 
     def _kept(self, site: str, kept: Array, seen: Array | None, layer: Any) -> Array:
-        layers = self._layers(site)
         if seen is None:
             return kept
-        slot = jnp.asarray(np.searchsorted(layers, np.arange(self.n_layer)))[layer]
-
-        def put(kept: Array, seen: Array) -> Array:
-            return lax.dynamic_update_index_in_dim(kept, seen, slot, axis=0)
-
-        if isinstance(layer, int) or len(layers) == self.n_layer:
-            return put(kept, seen)
-        return lax.cond(_is_in(layer, layers), put, lambda kept, _: kept, kept, seen)
+        layers = self._layers(site)
+        slots = [layers.index(i) if i in layers else len(layers) for i in range(self.n_layer)]
+        slot = jnp.asarray(slots)[layer]
+        return lax.dynamic_update_index_in_dim(kept, seen, slot, axis=0)
 
     def _layers(self, site: str) -> list[int]:
         asked = [r.layers for r in self.requests if r.site == site and r.edit is None]
@@ -167,7 +170,7 @@ class Taps:
         found = dict(self.outside.seen)
         for request in self.requests:
             if request.edit is None:
-                all_of_site = self.shown[request.site]
+                all_of_site = self.shown[request.site][:-1]
                 every = request.name.startswith("blocks.*")
                 slot = self._layers(request.site).index(request.layers[0] or 0)
                 found[request.name] = all_of_site if every else all_of_site[slot]

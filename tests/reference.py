@@ -197,8 +197,8 @@ def gpt(
             return tap(f"blocks.{layer}.{site}", value)
 
         x = of_block("input", x)
-        normed = of_block("attention.input", block_norm("norm1", x, layer))
-        heads = linear("attention.qkv", normed, layer)
+        normed = block_norm("norm1", x, layer)
+        heads = linear("attention.qkv", of_block("attention.input", normed), layer)
         if config.attention.clip_qkv is not None:
             heads = np.clip(heads, -config.attention.clip_qkv, config.attention.clip_qkv)
         heads = heads.reshape(seq, n_q + 2 * n_kv, width)

@@ -308,6 +308,55 @@ def test_gradients_pass_through_edits(llama: GPT) -> None:
     assert error(found, expected) < 2e-5
 
 
+@pytest.mark.parametrize("site", ["attention.scores", "attention.weights"])
+def test_gradients_pass_through_edits_that_change_nothing(llama: GPT, site: str) -> None:
+    tokens = random_tokens(llama.config, SEQ)
+    name = f"blocks.1.{site}"
+
+    def edited(x: Any, gate: Any) -> Any:
+        if site == "attention.weights":
+            return x * gate
+        return x + (gate - 1) * np.arange(SEQ, dtype=np.float32)  # finite, where x is hidden
+
+    @jax.grad
+    def gradient(gate: jax.Array) -> jax.Array:
+        def edit(x: jax.Array, layer: jax.Array | None) -> jax.Array:
+            if site == "attention.weights":
+                return x * gate
+            return x + jnp.broadcast_to((gate - 1) * jnp.arange(SEQ, dtype=jnp.float32), x.shape)
+
+        return inspect.run(llama, tokens, edits={name: edit})[0][-1, 3]
+
+    def logit(gate: float) -> float:
+        return reference_run(llama, tokens, {name: lambda _, x: edited(x, gate)})[0][-1, 3]
+
+    expected = (logit(1 + 1e-5) - logit(1 - 1e-5)) / 2e-5
+    assert abs(gradient(jnp.ones(())) - expected) < 1e-4 * abs(expected)
+
+
+def test_edits_of_all_layers_come_before_those_of_one(llama: GPT) -> None:
+    tokens = random_tokens(llama.config, SEQ)
+    edits = {
+        "blocks.1.output": lambda x, layer: x + jnp.ones_like(x),
+        "blocks.*.output": lambda x, layer: 2 * x,
+    }
+    eager, _ = inspect.run(llama, tokens, edits=edits)
+    assert error(run(llama, tokens, edits=edits)[0], eager) < 2e-6
+    one = {
+        "blocks.1.output": lambda x, layer: 2 * x + jnp.ones_like(x),
+        "blocks.0.output": lambda x, layer: 2 * x,
+    }
+    assert error(run(llama, tokens, edits=one)[0], eager) < 2e-6
+
+
+def test_head_outputs_sum_to_what_attention_adds(llama: GPT) -> None:
+    names = ("blocks.*.attention.heads", "blocks.*.attention.output")
+    _, seen = run(llama, random_tokens(llama.config, 2, SEQ), capture=names)
+    each = inspect.head_outputs(llama, seen[names[0]])
+    assert each.shape == (2, 2, SEQ, llama.config.n_head, llama.config.n_embd)
+    assert error(each.sum(axis=-2), seen[names[1]]) < 2e-6
+
+
 def test_gradient_reaches_a_patched_activation(llama: GPT) -> None:
     """Patched in the last layer, only what comes behind it stands between it and the logits."""
     tokens = random_tokens(llama.config, SEQ)
@@ -456,6 +505,16 @@ def test_mistakes_of_attribution_and_paths(llama: GPT) -> None:
         attribute(llama, tokens, np.array([1, 2, 3]))
     with pytest.raises(ValueError, match="position 7 lies outside a sequence of 7 tokens"):
         attribute(llama, tokens, np.array([1, 2]), position=7)
+    with pytest.raises(ValueError, match="token 41 lies outside the vocabulary"):
+        attribute(llama, tokens, np.array([1, 41]))
+    with pytest.raises(ValueError, match=r"mask of heads has shape \(1, 6\), expected \(2, 6\)"):
+        PathPatching.init(llama, tokens, tokens).to_logits(llama, np.ones((1, 6), bool))
+    few = {"blocks.*.attention.heads": inspect.ReplaceHeads(np.ones((1, 6), bool))}
+    with pytest.raises(ValueError, match=r"mask has shape \(1, 6\), expected \(2, ...\)"):
+        inspect.run(llama, tokens, edits=few)
+    narrow = {"blocks.*.attention.k": inspect.ReplaceHeads(np.ones((2, 6), bool))}
+    with pytest.raises(ValueError, match=r"mask has shape \(2, 6\) for 2 heads"):
+        inspect.run(llama, tokens, edits=narrow)
     with pytest.raises(ValueError, match=r"shapes \(2, 7\) and \(7,\)"):
         PathPatching.init(llama, tokens, tokens[0])
 
@@ -467,7 +526,7 @@ def test_pictures(llama: GPT, tmp_path: Path) -> None:
     tokens = random_tokens(llama.config, SEQ)
     weights = "blocks.*.attention.weights"
     _, seen = run(llama, tokens, capture=[weights, "blocks.*.output"])
-    labels = [f"${token}" for token in tokens]
+    labels = [f"$${token}\\foo$" for token in tokens]
     squares = {f"head {head}": np.asarray(seen[weights][1, head]) for head in (0, 5)}
     lens = jax.nn.softmax(inspect.logit_lens(llama, seen["blocks.*.output"]))
     best = np.asarray(lens.max(axis=-1))

@@ -154,7 +154,7 @@ def _tapped(
             return mixed, here.seen
         changed = jnp.any(weights != jax.nn.softmax(plain, axis=-1), axis=(-2, -1))
         changed = jnp.broadcast_to(changed[..., None, :, None], mixed.shape)
-        return jnp.where(changed, mix(weights, v), mixed), here.seen
+        return _choose(changed, mix(weights, v), mixed), here.seen
 
     def pass_by(q: Array, k: Array, v: Array, mixed: Array) -> tuple[Array, dict[str, Array]]:
         _, unseen = jax.eval_shape(look, q, k, v, mixed)
@@ -163,3 +163,15 @@ def _tapped(
     mixed, seen = tap.where_asked(tap.of_pairs, look, pass_by, q, k, v, mixed)
     tap.seen.update(seen)
     return mixed
+
+
+@jax.custom_jvp
+def _choose(changed: Array, new: Array, old: Array) -> Array:
+    """`new` where it is another number, but everywhere a function of what `new` depends on: an edit
+    by a factor of 1 has a gradient too."""
+    return jnp.where(changed, new, old)
+
+
+@_choose.defjvp
+def _(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    return _choose(*primals), tangents[1]

@@ -70,9 +70,15 @@ class Block(eqx.Module):
         rate = self.config.dropout
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
         x = tap("input", x)
-        normed = tap("attention.input", _normed(self.norm1, x))
+        normed = _normed(self.norm1, x)
         attended, cache = self.attention(
-            normed, kind=kind, cache=cache, layer=layer, key=keys[0], starts=starts, tap=tap
+            tap("attention.input", normed),
+            kind=kind,
+            cache=cache,
+            layer=layer,
+            key=keys[0],
+            starts=starts,
+            tap=tap,
         )
         attended = tap("attention.output", _normed(self.post_norm1, attended))
         after = tap("middle", x + dropout(attended, rate, keys[1]))

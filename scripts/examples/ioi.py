@@ -57,10 +57,14 @@ def main() -> int:
 
     model, tokenizer = source()
     known = [name for name in NAMES if len(tokenizer.encode(f" {name}")) == 1]
+    if not (options.pairs >= 1 and len(known) >= 3):
+        raise ValueError(
+            f"needs pairs >= 1 (got {options.pairs}) and 3 names of one token: {known}"
+        )
     pairs = list(itertools.pairwise(known))[: options.pairs]
     texts = [(io, s, s) for io, s in pairs] + [(s, io, s) for io, s in pairs]
     # The same without the task: a third person gives.
-    others = [(a, b, known[known.index(b) - 4]) for a, b, _ in texts]
+    others = [(a, b, next(c for c in known[::-1] if c not in (a, b))) for a, b, _ in texts]
     clean, other = (
         np.array([tokenizer.encode(TEXT.format(*names)) for names in some])
         for some in (texts, others)
