@@ -67,6 +67,8 @@ def attribute(
         raise ValueError("this model is laid out for inference; give the original")
     *batch, seq = check_tokens(tokens, model.config).shape
     batch, model = tuple(batch), merge(model)
+    blocks = model.blocks
+    assert isinstance(blocks, Block)
     if not -seq <= position < seq:
         raise ValueError(f"position {position} lies outside a sequence of {seq} tokens")
     learned = model.wpe is not None
@@ -104,7 +106,7 @@ def attribute(
         shares = jnp.sum(heads * read, axis=-1)
         return None, (jnp.moveaxis(shares, -1, 0), share_bias + along @ biases)
 
-    _, (of_heads, of_attention_bias) = lax.scan(of_layer, None, (model.blocks, heads))
+    _, (of_heads, of_attention_bias) = lax.scan(of_layer, None, (blocks, heads))
     zero = jnp.zeros(batch, jnp.float32)
     return Attribution(
         embedding=_dot(at["embedding"], direction),

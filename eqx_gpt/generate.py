@@ -194,8 +194,8 @@ class _Run:
             longest = min(longest, self.draft.model.config.block_size)
         # A round writes what it cannot keep.
         spare = 0 if self.draft is None else self.draft.n_token + 1
-        total = _rounded_up(n + self.n_new + spare)
-        padding = [(0, 0)] * (prompt.ndim - 1) + [(0, min(_rounded_up(n), longest) - n)]
+        total = rounded_up(n + self.n_new + spare)
+        padding = [(0, 0)] * (prompt.ndim - 1) + [(0, min(rounded_up(n), longest) - n)]
         window = jax.device_put(xp.pad(prompt[..., seq - n :], padding))
         if self.draft is not None:
             self.draft_cache = read_prompt(self.draft, window, jnp.int32(n), start, total)
@@ -253,6 +253,6 @@ def _checked_prompt(
     return prompt, seq - jnp.asarray(found, jnp.int32)
 
 
-def _rounded_up(n: int) -> int:
+def rounded_up(n: int) -> int:
     """To a power of two, from 64 on to a multiple of 64."""
     return 1 << (n - 1).bit_length() if n < 64 else -(-n // 64) * 64

@@ -21,9 +21,10 @@ from jaxtyping import Array, Float, Int
 
 from eqx_gpt.chat import ChatTemplate
 from eqx_gpt.config import did_you_mean
-from eqx_gpt.generate import pad_prompts, stream
+from eqx_gpt.generate import pad_prompts, rounded_up, stream
 from eqx_gpt.gpt import GPT, check_tokens
 from eqx_gpt.score import TokenScores, token_scores
+from eqx_gpt.text import end_ids
 from eqx_gpt.tokenizer import JSONTokenizer, Tokenizer, fingerprint
 from eqx_gpt.tree import count_params
 
@@ -48,7 +49,8 @@ TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 """The texts, for the harness's cache of answers; the tokens of the context; those to score."""
 
 # What a setting of transformers is where it does nothing: tasks give some of these.
-_WITHOUT_EFFECT = {"num_beams": 1, "repetition_penalty": 1.0, "use_cache": True}
+_WITHOUT_EFFECT = {"num_beams": 1, "use_cache": True}
+_SAMPLER = ("top_k", "top_p", "min_p", "repetition_penalty")
 _REPORTED = ("results", "groups", "versions", "n-shot", "n-samples")
 
 
@@ -104,17 +106,11 @@ class HarnessLM(TemplateLM):
         if self._prefix is None:
             self._prefix = bos[0] if bos else tokenizer.end_of_text
         if add_bos_token is None:
-            self._before = _put_before(tokenizer)
+            self._before = list(tokenizer.prefix)
         else:
             self._before = [self.prefix_token_id] if add_bos_token else []
         self._unsaid = _special_ids(tokenizer) | {i for ids in special.values() for i in ids}
-        self._stop = [
-            i
-            for text in tokenizer.stop_tokens
-            for i in tokenizer.encode(text, special="token")
-        ]  # fmt: skip
-        if tokenizer.end_of_text is not None:
-            self._stop.append(tokenizer.end_of_text)
+        self._stop = end_ids(tokenizer, model.config)
 
     @property
     def eot_token_id(self) -> int | None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -223,7 +219,7 @@ class HarnessLM(TemplateLM):
         """As arrays of NumPy: of the last `n_scored` tokens of each sequence, or of some more;
         and the log-probabilities of what follows it."""
         rows = min(_power_of_two(len(sequences)), self.batch_size)
-        width = min(_rounded_up(max(map(len, sequences))), self.max_length)
+        width = min(rounded_up(max(map(len, sequences))), self.max_length)
         tokens = np.zeros((rows, width), np.int32)
         lengths = np.ones(rows, np.int32)
         for row, sequence in enumerate(sequences):
@@ -368,25 +364,14 @@ def _sampler(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The sampler's arguments. ValueError for a setting that we do not have."""
     sampled = kwargs.pop("do_sample", False)
     temperature = kwargs.pop("temperature", 1.0)
-    found = {name: kwargs.pop(name, None) for name in ("top_k", "top_p", "min_p")}
+    found = {name: kwargs.pop(name, None) for name in _SAMPLER}
     other = {k: v for k, v in kwargs.items() if k not in _WITHOUT_EFFECT or v != _WITHOUT_EFFECT[k]}
     if other:
         raise ValueError(
             f"generation_kwargs {other} are not known here; expected until, max_gen_toks, "
-            "do_sample, temperature, top_k, top_p, min_p"
+            f"do_sample, temperature, {', '.join(_SAMPLER)}"
         )
     return {**found, "top_k": found["top_k"] or None, "temperature": temperature if sampled else 0}
-
-
-def _put_before(tokenizer: Tokenizer) -> list[int]:
-    """What the tokenizer.json's own template puts before a text, such as Llama's `<s>`."""
-    if not isinstance(tokenizer, JSONTokenizer):
-        return []
-    import tokenizers
-
-    encoded = tokenizers.Tokenizer.from_str(tokenizer.tokenizer_json).encode("a")
-    marks = [*encoded.special_tokens_mask, 0]
-    return encoded.ids[: marks.index(0)]
 
 
 def _special_ids(tokenizer: Tokenizer) -> set[int]:
@@ -410,8 +395,3 @@ def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 def _power_of_two(n: int) -> int:
     """The least that is at least n; 0 for 0."""
     return 1 << (n - 1).bit_length() if n else 0
-
-
-def _rounded_up(n: int) -> int:
-    """To a power of two, from 64 on to a multiple of 64."""
-    return _power_of_two(n) if n < 64 else -(-n // 64) * 64

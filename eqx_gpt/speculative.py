@@ -52,7 +52,7 @@ class Draft(eqx.Module):
             raise ValueError(
                 f"the draft has {theirs} tokens, the model {ours}: both need the same vocabulary; "
                 "if only its padding differs, set n_token of both configs to the tokenizer's size "
-                "(GPT.with_config)"
+                "(GPT.with_config, before for_inference)"
             )
         return Draft(lay_out(self.model), self.n_token)
 

@@ -1,5 +1,6 @@
 """Text in and text out of a model: prompts as ids, and new ids as text that is whole."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,14 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     if not ids:
         raise ValueError("the prompt is empty; give it some text, such as '\\n'")
     return ids
+
+
+def with_tokens_of(model: GPT, tokenizer: Tokenizer) -> GPT:
+    """The model, of whose table only the rows with an id of the tokenizer can be drawn."""
+    config = model.config
+    if config.real_vocab_size <= tokenizer.vocab_size:
+        return model
+    return model.with_config(dataclasses.replace(config, n_token=tokenizer.vocab_size))
 
 
 def end_ids(tokenizer: Tokenizer, config: GPTConfig) -> list[int]:

@@ -283,9 +283,15 @@ class JSONTokenizer:
     @property
     def prefix(self) -> tuple[int, ...]:
         """Of the file's post-processor: what it puts before a text, but not what after it."""
-        made = self._tokenizers["text"].encode("a", add_special_tokens=True)
-        own = made.special_tokens_mask.index(0) if 0 in made.special_tokens_mask else 0
-        return tuple(made.ids[:own])
+        return self._prefix
+
+    @cached_property
+    def _prefix(self) -> tuple[int, ...]:
+        import tokenizers
+
+        made = tokenizers.Tokenizer.from_str(self.tokenizer_json).encode("a")
+        marks = [*made.special_tokens_mask, 0]
+        return tuple(made.ids[: marks.index(0)])
 
     def token_id(self, token: str) -> int | None:
         """The id of one token of the vocabulary, None if it is none."""

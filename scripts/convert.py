@@ -41,8 +41,8 @@ def main() -> int:
     to_gguf, dtype = options.target.suffix.lower() == ".gguf", options.dtype
     if options.target.exists() and Path(options.source).resolve() == options.target.resolve():
         raise ValueError(f"{options.target} is the source; give another path for the result")
-    if to_gguf and not options.merge:
-        raise ValueError(f"--merge False writes a directory, and {options.target} is a .gguf file")
+    if not options.merge and (to_gguf, dtype, options.revision) != (False, "auto", None):
+        raise ValueError("--merge False writes a directory: no .gguf, --dtype or --revision")
     if dtype == "q8_0" and not to_gguf:
         raise ValueError(f"--dtype q8_0 is only for .gguf files, and {options.target} is none")
 

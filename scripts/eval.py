@@ -41,7 +41,7 @@ class Arguments:
     split: Literal["train", "val"] = "val"
     """Which part of the dataset."""
     block_size: int | None = None
-    """Tokens in a block; no token sees beyond its own. None: the model's block_size."""
+    """Tokens in a block; no token sees beyond it. None: the model's, or what conversations need."""
     stride: int | None = None
     """Slide the block by so many tokens and count only those, each predicted from more than
     block_size - stride: block_size / stride times the work. None: consecutive blocks."""
@@ -60,11 +60,11 @@ def main() -> int:
     dataset = options.dataset or defaults.dataset
     data = Manifest.read(Path(options.data_dir or defaults.data_dir) / dataset)
 
-    from train.evaluate import dataset_measures
+    from train.evaluate import block_size_for, dataset_measures
 
     model, tokenizer = source()
     check_same_tokenizer(data, tokenizer)
-    block_size = model.config.block_size if options.block_size is None else options.block_size
+    block_size = block_size_for(model, data, options.split, options.block_size)
     total = data.splits[options.split].tokens - 1
     with reporting(f"evaluating {dataset}/{options.split}", total, "tokens") as update:
         result = dataset_measures(

@@ -22,6 +22,7 @@ from train.config import TrainConfig  # noqa: E402
 from train.manifest import Manifest, check_same_tokenizer  # noqa: E402
 from train.presets import PRESETS  # noqa: E402
 from train.resolve import Wishes, base_config, open_data  # noqa: E402
+from train.run import has_checkpoint  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def main() -> int:
     from train.loop import train
 
     pretrained = None
-    if config.init_from != "scratch":
+    if config.init_from != "scratch" and not (resume and has_checkpoint(config.out_dir)):
         from weights import from_pretrained
         from weights.tokenizer import find_tokenizer
 

@@ -214,7 +214,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "not JSON": (lambda d: (d / "meta.json").write_text("{"), "meta.json is not JSON"),
     "not UTF-8": (lambda d: (d / "meta.json").write_bytes(b"\xff"), "meta.json is not JSON"),
     "a list": (lambda d: (d / "meta.json").write_text("[]"), "format_version None, expected 1"),
-    "future": (lambda d: edit_meta(d, format_version=2), "format_version 2, expected 1"),
+    "future": (lambda d: edit_meta(d, format_version=3), "format_version 3, expected 1"),
     "no splits": (lambda d: edit_meta(d, splits={}), "field 'train' is None, expected dict"),
     "dtype": (lambda d: edit_meta(d, dtype="uint8"), "dtype 'uint8', expected 'uint16'"),
     "vocabulary": (lambda d: edit_meta(d, vocab_size=65), "vocab_size 65, expected 50257"),

@@ -8,6 +8,7 @@ dotted names of `eqx_gpt.tree.named_arrays` to arrays, and `progress`, JSON. `be
 the rest.
 """
 
+import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,16 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._states.latest_step() if has_checkpoint(self._run) else None
 
+    def clear(self) -> None:
+        """Remove what a run that saved no step left here: it would pass for this one's."""
+        for kept in ("best", "base"):
+            shutil.rmtree(self._run / kept, ignore_errors=True)
+
     def save(self, state: TrainState, step: int, progress: dict[str, Any]) -> None:
         """Start writing the state after `step` steps, in place of one saved at that step."""
         import orbax.checkpoint as ocp
 
-        if self._base is not None:  # without which no checkpoint is whole
-            self._base.wait_until_finished()
+        self._wait_for_base()
         items = ocp.args.Composite(
             model=_saving(state.params),
             optimizer=_saving(state.opt_state),
@@ -63,6 +68,7 @@ class Checkpoints:
         """Keep this model in place of the best one so far."""
         import orbax.checkpoint as ocp
 
+        self._wait_for_base()
         if self._best is None:
             self._best = _manager(self._best_directory, keep=1)
         _replace(self._best, step, ocp.args.Composite(model=_saving(params)))
@@ -96,6 +102,11 @@ class Checkpoints:
             jnp.asarray(step, jnp.int32),
         )
         return state, saved["progress"]
+
+    def _wait_for_base(self) -> None:
+        """Without which no checkpoint is whole."""
+        if self._base is not None:
+            self._base.wait_until_finished()
 
     def wait(self) -> None:
         """Until everything begun is on disk."""

@@ -15,7 +15,7 @@ from eqx_gpt.gpt import GPT
 from eqx_gpt.score import token_scores
 from eqx_gpt.tree import cast
 from train.data import Windows
-from train.manifest import Manifest, SplitName
+from train.manifest import BEGINS, Manifest, SplitName
 from train.packing import PackedWindows, micro_batches, n_learnt
 from train.step import eval_step
 
@@ -127,6 +127,18 @@ def split_loss(
         count += int(np.sum(real))
         progress(count, n_target)
     return total / count, count
+
+
+def block_size_for(model: GPT, data: Manifest, split: SplitName, asked: int | None) -> int:
+    """The one asked for, or the model's; of conversations, which are packed, no more than the
+    longest of them needs."""
+    if asked is not None:
+        return asked
+    flags = data.flags(split)
+    if flags is None:
+        return model.config.block_size
+    lengths = np.diff(np.flatnonzero(flags & BEGINS), append=len(flags))
+    return min(model.config.block_size, max(int(lengths.max()) - 1, 1))
 
 
 def dataset_measures(

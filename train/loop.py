@@ -21,6 +21,7 @@ from eqx_gpt.config import GPTConfig
 from eqx_gpt.generate import generate
 from eqx_gpt.gpt import GPT
 from eqx_gpt.shapes import PRNGKey
+from eqx_gpt.text import with_tokens_of
 from eqx_gpt.tree import cast, count_params
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig, model_config
@@ -146,6 +147,8 @@ class Trainer:
         self.learning_rate = jax.jit(learning_rate(config))
         self.checkpoints = Checkpoints(self.directory)
         if self.checkpoints.latest_step() is None:
+            if not config.eval_only:
+                self.checkpoints.clear()
             state = _new_state(config, model_cfg, key_model, pretrained)
             if n_frozen and not config.eval_only:
                 self.checkpoints.save_base(state.frozen)
@@ -313,9 +316,11 @@ class Trainer:
     def _show_sample(self) -> None:
         prompt = jnp.asarray(self.data.tokens("val")[:1], jnp.int32)
         key = jax.random.key(self.steps_done)
+        tokenizer = self.data.tokenizer()
         model = cast(self.state.model, self.execution.dtype)  # which the frozen parts have
+        model = with_tokens_of(model, tokenizer)
         tokens = generate(model, prompt, 200, key=key, temperature=0.8, top_k=200)
-        text = self.data.tokenizer().decode(tokens.tolist())
+        text = tokenizer.decode(tokens.tolist())
         self.display.line(f"sample at {self.steps_done}: {text}")
 
     def _save(self) -> None:

@@ -188,12 +188,18 @@ def base_of(source: Source) -> str:
     """The model that an adapter, or those of a run, are for. WeightsError if it does not say."""
     if source.kind == "run":
         start = str(read_json(source.file("run.json")).get("config", {}).get("init_from"))
-        return HUB_IDS.get(start, start)
+        # From another directory a relative path would mean something else.
+        return str(Path(start).resolve()) if Path(start).exists() else HUB_IDS.get(start, start)
     base = read_json(source.file(CONFIG)).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise WeightsError(
             f"{source.location}/{CONFIG}: base_model_name_or_path is {base!r:.80}, expected the "
             "model that the adapter is for; load that one and give it to weights.load_adapter"
+        )
+    if (Path(base) / CONFIG).exists():
+        raise WeightsError(
+            f"{source.location}/{CONFIG}: base_model_name_or_path is {base!r}, an adapter itself, "
+            "expected a model; merge that one first: python scripts/convert.py"
         )
     return base
 

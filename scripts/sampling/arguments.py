@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 
@@ -62,8 +63,8 @@ class Arguments:
     """Draw from tokens with at least this share of the likeliest's probability. None: from all."""
     repetition_penalty: float | None = None
     """Above 1, tokens that were there before become less likely. None: they do not."""
-    stop: tuple[str, ...] = ()
-    """Texts that a sample ends before, besides the model's own end."""
+    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """A text that a sample ends before, besides the model's own end; may be given again."""
     seed: int = 1337
     """Another seed, other samples. They also depend on batch_size."""
     quantize: Literal["none", "bfloat16", "int8"] = "none"

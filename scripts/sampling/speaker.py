@@ -1,6 +1,5 @@
 """A model that speaks: ids in, text to stdout."""
 
-import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -8,7 +7,7 @@ import jax
 import eqx_gpt
 from eqx_gpt import GPT, Draft
 from eqx_gpt.inference import lay_out
-from eqx_gpt.text import stream_texts
+from eqx_gpt.text import stream_texts, with_tokens_of
 from eqx_gpt.tokenizer import Tokenizer, same_tokens
 from scripts.sampling.arguments import Arguments
 from weights import from_pretrained, load_tokenizer
@@ -25,10 +24,7 @@ class Speaker:
         self._n_drawn = 0
 
     def _prepared(self, model: GPT) -> GPT:
-        config = model.config
-        # A table may have rows beyond the tokenizer's ids, which mean nothing.
-        n_token = min(config.real_vocab_size, self.tokenizer.vocab_size)
-        model = model.with_config(dataclasses.replace(config, n_token=n_token))
+        model = with_tokens_of(model, self.tokenizer)
         if self.options.quantize == "none":
             return lay_out(model)
         return eqx_gpt.for_inference(model, "int8" if self.options.quantize == "int8" else None)
