@@ -134,7 +134,7 @@ def test_chat_as_a_command(talker: tuple[GPT, JSONTokenizer], tmp_path: Path) ->
     model, tokenizer = talker
     save_pretrained(model, tmp_path, tokenizer=tokenizer)
     flags = {"init_from": ".", "max_new_tokens": 9, "temperature": 0, "draft": "."}
-    asked = [*command("sample.py", "--chat", **flags), "--stop", "Q", "R"]
+    asked = [*command("sample.py", "--chat", **flags), "--stop", "Q", "--stop", "R"]
     found = subprocess.run(
         asked, cwd=tmp_path, input="hi\nho\n", text=True, capture_output=True, timeout=240,
         check=False,
