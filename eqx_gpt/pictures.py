@@ -24,8 +24,9 @@ def attention_picture(
         axes.set(title=title, xlabel="looks at", ylabel="from" if i == 0 else "")
         if labels is not None:
             ticks = range(len(labels))
-            axes.set_xticks(ticks, labels, rotation=90, fontsize=7)
-            axes.set_yticks(ticks, labels, fontsize=7)
+            shown = [_visible(label) for label in labels]
+            axes.set_xticks(ticks, shown, rotation=90, fontsize=7)
+            axes.set_yticks(ticks, shown, fontsize=7)
         _as_written(axes)
     return figure
 
@@ -62,12 +63,15 @@ def lens_picture(
     image = axes.imshow(probabilities, vmin=0, vmax=1, cmap="Greens", aspect="auto", origin="lower")
     for row, col in np.ndindex(n_row, seq):
         color = "white" if probabilities[row, col] > 0.6 else "black"
-        text: Any = texts[row][col]
+        token: Any = texts[row][col]
+        text: Any = _visible(token)
         axes.text(
             col, row, text, ha="center", va="center", fontsize=6, color=color,
             parse_math=False,
         )  # fmt: skip
-    axes.set_xticks(range(seq), labels, rotation=45, ha="right", fontsize=7)
+    axes.set_xticks(
+        range(seq), [_visible(label) for label in labels], rotation=45, ha="right", fontsize=7
+    )
     axes.set(ylabel="after block")
     _as_written(axes)
     figure.colorbar(image, ax=axes, label="probability")
@@ -83,6 +87,11 @@ def _figure(width: float, height: float) -> "Figure":
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _visible(token: str) -> str:
+    """Spaces and ends of lines are tokens too."""
+    return token.replace(" ", "·").replace("\n", "↵")
 
 
 def _as_written(axes: Any) -> None:

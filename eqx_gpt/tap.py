@@ -44,6 +44,20 @@ BLOCK_SITES = {
 }
 _PAIRS = ("attention.scores", "attention.weights")
 
+# What TransformerLens calls them, for suggestions.
+_LENS_NAMES = {
+    "pattern": "attention.weights",
+    "hook_pattern": "attention.weights",
+    "hook_attn_scores": "attention.scores",
+    "z": "attention.heads",
+    "hook_z": "attention.heads",
+    "hook_attn_out": "attention.output",
+    "hook_mlp_out": "mlp.output",
+    "hook_resid_pre": "input",
+    "hook_resid_mid": "middle",
+    "hook_resid_post": "output",
+}
+
 Edit = Array | np.ndarray | Callable[[Array, Int[Array, ""] | None], Array]
 
 
@@ -185,14 +199,18 @@ def _parse(name: str, n_layer: int) -> tuple[str, tuple[int | None, ...]]:
     """The site of a name, and its layers (None: outside them all)."""
     if name in MODEL_SITES:
         return name, (None,)
-    match = re.fullmatch(r"blocks\.(\*|\d+)\.(.+)", name)
+    match = re.fullmatch(r"blocks\.(\*|-?\d+)\.(.+)", name)
     if not match or match[2] not in BLOCK_SITES:
         known = [*MODEL_SITES, *(f"blocks.*.{site}" for site in BLOCK_SITES)]
+        *_, last = name.split(".")
         like = re.sub(r"^blocks\.[^.]*\.", "blocks.*.", name)
-        raise ValueError(f"no activation {name!r}; {did_you_mean(like, known)}")
+        like = f"blocks.*.{_LENS_NAMES[last]}" if last in _LENS_NAMES else like
+        raise ValueError(
+            f"no activation {name!r}; {did_you_mean(like, known)} (eqx_gpt.inspect.names lists all)"
+        )
     if match[1] == "*":
         return match[2], tuple(range(n_layer))
-    if int(match[1]) >= n_layer:
+    if not 0 <= int(match[1]) < n_layer:
         raise ValueError(f"{name!r}: the model has blocks 0 to {n_layer - 1}, or * for all")
     return match[2], (int(match[1]),)
 
@@ -200,7 +218,10 @@ def _parse(name: str, n_layer: int) -> tuple[str, tuple[int | None, ...]]:
 def _edited(name: str, edit: Edit, value: Array, *, layer: Int[Array, ""] | int | None) -> Array:
     layer = None if layer is None else jnp.asarray(layer, jnp.int32)
     if callable(edit):
-        new = edit(value, layer)
+        try:
+            new = edit(value, layer)
+        except TypeError as error:
+            raise TypeError(f"the edit of {name!r}, called with (value, layer): {error}") from error
         if jnp.shape(new) != value.shape:
             raise ValueError(
                 f"the edit of {name!r} returned shape {jnp.shape(new)}, expected {value.shape}"

@@ -60,6 +60,8 @@ def complete(
 
     **Raises:** ValueError as `eqx_gpt.generate` and the tokenizer, and for an empty prompt.
     """
+    if isinstance(prompts, str):
+        raise TypeError("prompts must be a list of texts, got one text; give [text]")
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     ends = end_ids(tokenizer, model.config)
     pieces = stream_texts(
@@ -145,6 +147,8 @@ class TextStream:
         stop_strings: Sequence[str] = (),
     ) -> None:
         """ValueError for an empty stop string, before which every text would end."""
+        if isinstance(stop_strings, str):
+            raise TypeError("stop_strings must be a list of texts, got one text; give [text]")
         if "" in stop_strings:
             raise ValueError("a stop string is empty; give some text, such as '\\n'")
         self.ended = False

@@ -480,7 +480,7 @@ def test_logit_lens_ends_at_the_logits(llama: GPT) -> None:
         ({"capture": ["blocks.0.attention.head"]}, r"did you mean 'blocks\.\*\.attention\.head"),
         ({"capture": "logit"}, "did you mean 'logits'"),
         ({"capture": ["blocks.2.output"]}, "has blocks 0 to 1, or"),
-        ({"capture": ["blocks.-1.output"]}, "no activation"),
+        ({"capture": ["blocks.-1.output"]}, "has blocks 0 to 1, or"),
         ({"capture": ["positions"]}, "no table of positions"),
         ({"edits": {"blocks.x.output": _same}}, "no activation 'blocks.x.output'"),
         ({"edits": {"norm": np.zeros((1, 2), np.float32)}}, r"shape \(1, 2\), expected \(7, 23\)"),

@@ -71,7 +71,7 @@ class Arguments:
     """Smaller weights, for speed. int8: perplexity 0.6 % higher, on SmolLM2-135M."""
     draft: str | None = None
     """A small model with the same tokens that proposes what this one then checks: the same
-    distribution, sooner. Named as in init_from; for one sample at a time. None: without."""
+    distribution, sooner; best with one sample at a time. Named as in init_from. None: without."""
     n_draft: int = 4
     """Tokens that the draft proposes at a time."""
 
