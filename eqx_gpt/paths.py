@@ -9,7 +9,7 @@ from typing import Literal
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool
 
 from eqx_gpt import inspect
 from eqx_gpt.gpt import GPT, check_tokens
@@ -72,7 +72,9 @@ class PathPatching(eqx.Module):
         return inspect.run(model, self.tokens, edits={site: edit})[0]
 
     def _edits(self, senders: Bool[Array | np.ndarray, "layer head"]) -> dict[str, inspect.Edit]:
-        spoken = _Spoken(self._checked(senders), self.clean[_HEADS], self.other[_HEADS])
+        clean, other, mask = self.clean[_HEADS], self.other[_HEADS], self._checked(senders)
+        mask = jnp.expand_dims(mask, (*range(1, clean.ndim - 2), clean.ndim - 1))
+        spoken = jnp.where(jnp.broadcast_to(mask, clean.shape), other, clean)
         held = {_MLPS: self.clean[_MLPS]} if self.through == "residual" else {}
         return {_HEADS: spoken, **held}
 
@@ -84,15 +86,3 @@ class PathPatching(eqx.Module):
                 "(inspect.head_mask)"
             )
         return jnp.asarray(heads)
-
-
-class _Spoken(eqx.Module):
-    """The heads of the clean prompt, those of the senders of the other one."""
-
-    senders: Bool[Array, "layer head"]
-    clean: Float[Array, "layer *rest"]
-    other: Float[Array, "layer *rest"]
-
-    def __call__(self, value: Array, layer: Int[Array, ""] | None) -> Array:
-        mask = jnp.broadcast_to(self.senders[layer][:, None], value.shape)
-        return jnp.where(mask, self.other[layer], self.clean[layer])

@@ -103,10 +103,9 @@ class Tap:
     ) -> Any:
         """`then(*operands)` in the layers that some of the requests name."""
         layers = sorted({i for request in requests for i in request.layers if i is not None})
-        if self.layer is None or len(layers) == self.n_layer:
+        # Of a layer whose number is known, `Taps.at` leaves nothing that is not asked of it.
+        if self.layer is None or isinstance(self.layer, int) or len(layers) == self.n_layer:
             return then(*operands)
-        if isinstance(self.layer, int):
-            return then(*operands) if self.layer in layers else otherwise(*operands)
         return lax.cond(_is_in(self.layer, layers), then, otherwise, *operands)
 
     @property

@@ -47,6 +47,7 @@ def main() -> int:
 
     from eqx_gpt import inspect
     from eqx_gpt.pictures import heads_picture
+    from scripts.examples.repeated import second_half_loss
 
     model, _ = source()
     config, half, name = model.config, options.half, "blocks.*.attention.heads"
@@ -62,8 +63,7 @@ def main() -> int:
         def loss(mask: jax.Array) -> jax.Array:
             edits = {name: inspect.ReplaceHeads(mask, average)}
             logits, _ = inspect.run(model, tokens, edits=edits)
-            log_p = jax.nn.log_softmax(logits[:, half:-1])
-            return -jnp.mean(jnp.take_along_axis(log_p, tokens[:, half + 1 :, None], axis=-1))
+            return second_half_loss(logits, jnp.asarray(tokens))
 
         return jax.lax.map(loss, masks)
 

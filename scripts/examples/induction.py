@@ -42,6 +42,7 @@ def main() -> int:
 
     from eqx_gpt import GPT, GPTConfig, PositionConfig, inspect
     from eqx_gpt.pictures import attention_picture
+    from scripts.examples.repeated import second_half_loss
     from train.step import Recipe, TrainState, train_step
 
     half, vocab = 24, 64
@@ -70,12 +71,11 @@ def main() -> int:
     model, tokens = state.model, repeated(32, half)
 
     @eqx.filter_jit
-    def second_half_loss(model: GPT, mask: "jax.Array | np.ndarray") -> jax.Array:
+    def loss_without(model: GPT, mask: "jax.Array | np.ndarray") -> jax.Array:
         """Nats a token where it can be known, with some heads silent."""
         edits = {"blocks.*.attention.heads": inspect.ReplaceHeads(mask)}
         logits, _ = inspect.run(model, tokens, edits=edits)
-        log_p = jax.nn.log_softmax(logits[:, half:-1])
-        return -jnp.mean(jnp.take_along_axis(log_p, tokens[:, half + 1 :, None], axis=-1))
+        return second_half_loss(logits, jnp.asarray(tokens))
 
     _, seen = eqx.filter_jit(inspect.run)(model, tokens, capture=("blocks.*.attention.weights",))
     weights = np.asarray(seen["blocks.*.attention.weights"])
@@ -87,11 +87,11 @@ def main() -> int:
         ),
     }
     nobody = inspect.head_mask(config, [])
-    print(f"loss of the second half: {second_half_loss(model, nobody):.3f} nats a token")
+    print(f"loss of the second half: {loss_without(model, nobody):.3f} nats a token")
     pictures = {}
     for what, score in scores.items():
         layer, head = (int(i) for i in np.unravel_index(score.argmax(), score.shape))
-        loss = second_half_loss(model, inspect.head_mask(config, [(layer, head)]))
+        loss = loss_without(model, inspect.head_mask(config, [(layer, head)]))
         print(f"head {layer}.{head} {what}: {score[layer, head]:.2f}; without it, {loss:.3f}")
         pictures[f"head {layer}.{head}: {what}"] = weights[layer, 0, head]
     attention_picture(pictures, [str(token) for token in tokens[0]]).savefig(options.out)
