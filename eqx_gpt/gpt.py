@@ -107,7 +107,7 @@ class GPT(eqx.Module):
         *,
         cache: KVCache | None = None,
         key: PRNGKey | None = None,
-        starts: Int[Array, "*batch seq"] | None = None,
+        starts: Int[Array, "..."] | None = None,
         taps: Taps | None = None,
     ) -> tuple[Hidden, KVCache | None]:
         """The residual stream after the last norm: all of the model but its head.
@@ -118,6 +118,7 @@ class GPT(eqx.Module):
             raise ValueError("give a cache or starts: documents within a sequence are not cached")
         if cache is not None and taps is not None:
             raise ValueError("give a cache or taps: attention to a cache shows no pairs")
+        # Said here and not by the annotation, which speaks only where shapes are checked.
         if starts is not None and starts.shape != tokens.shape:
             raise ValueError(
                 f"starts of shape {starts.shape} do not fit tokens of shape {tokens.shape}; give "
