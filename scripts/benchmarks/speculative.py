@@ -1,8 +1,9 @@
 """Speculative decoding, measured: python scripts/benchmarks/speculative.py --model MODEL.
 
-Without `--draft` it makes one: the model's first layers, taught on texts of the model's own, kept
-in `--out`, where `scripts/sample.py --draft` and a second call find it. Then both ways of decoding
-are timed in turn. One line of JSON goes to stdout: tokens a pass of the model, the ratio of times.
+Without `--draft` it makes one: the model's first layers, taught to give the model's probabilities
+on texts of its own (distillation, Hinton et al. 2015), kept in `--out`, where `scripts/sample.py
+--draft` and a second call find it. Then both ways of decoding are timed in turn. One line of JSON
+goes to stdout: tokens a pass of the model, the ratio of times.
 """
 
 import dataclasses
@@ -63,14 +64,19 @@ class Arguments:
     """How often it reads them."""
     start: str = "<|im_start|>user\n"
     """What these texts begin with, so that they are of the kind that will be asked for."""
+    text: Path | None = None
+    """A text in place of `start` and of the questions: passages of its first nine tenths begin what
+    the draft is taught on, passages of the rest are continued. None: questions to a chat model."""
     n_draft: int = 4
     """Tokens that the draft proposes at a time."""
     new_tokens: int = 128
-    """Tokens decoded for each of five questions."""
+    """Tokens decoded for each of five prompts."""
     temperatures: tuple[float, ...] = (0.0, 1.0)
     """0 is greedy."""
     quantize: str | None = None
-    """int8: both models in 8 bits. None: in bfloat16."""
+    """int8: the model in 8 bits. None: in bfloat16."""
+    quantize_draft: str | None = None
+    """The same for the draft, whose rounding costs no quality."""
     rounds: int = 5
     """Timings of each way; medians are reported."""
 
@@ -82,17 +88,20 @@ def main() -> int:
     place = options.draft or str(options.out)
     if options.draft is None and not options.out.exists():
         save_pretrained(made(model, tokenizer, options), options.out, tokenizer=tokenizer)
-    draft = Draft(eqx_gpt.for_inference(from_pretrained(place), options.quantize), options.n_draft)
+    draft = Draft(
+        eqx_gpt.for_inference(from_pretrained(place), options.quantize_draft), options.n_draft
+    )
     fast = eqx_gpt.for_inference(model, options.quantize)
-    prompts = [asked(tokenizer, question) for question in QUESTIONS]
+    prompts = asked(tokenizer, options)
     found = [measured(fast, draft, prompts, t, options) for t in options.temperatures]
     print(json.dumps({"model": name, "draft": place, "n_draft": options.n_draft,
-                      "quantize": options.quantize, "results": found}))  # fmt: skip
+                      "quantize": options.quantize, "quantize_draft": options.quantize_draft,
+                      "text": options.text and str(options.text), "results": found}))  # fmt: skip
     return 0
 
 
 def made(model: GPT, tokenizer: Tokenizer, options: Arguments) -> GPT:
-    """The first layers of the model, taught to say what it says: next tokens of its own texts."""
+    """The first layers of the model, taught to say what it says of texts of its own."""
     windows = own_texts(model, tokenizer, options)
     config = model.config
     first = jax.tree.map(lambda x: x[: options.n_layer], model.blocks)
@@ -104,13 +113,16 @@ def made(model: GPT, tokenizer: Tokenizer, options: Arguments) -> GPT:
     schedule = optax.warmup_cosine_decay_schedule(0.0, 6e-4, max(1, n_step // 20), n_step)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95))
 
-    def loss(small: GPT, window: jax.Array) -> jax.Array:
-        logits = eqx_gpt.cast(small, jnp.bfloat16)(window[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, window[:, 1:]).mean()
+    teacher = eqx_gpt.cast(model, jnp.bfloat16)
 
-    @eqx.filter_jit(donate="all")
-    def step(small: GPT, state: optax.OptState, window: jax.Array):
-        value, gradient = eqx.filter_value_and_grad(loss)(small, window)
+    def loss(small: GPT, window: jax.Array, wanted: jax.Array) -> jax.Array:
+        logits = eqx_gpt.cast(small, jnp.bfloat16)(window[:, :-1])
+        return optax.softmax_cross_entropy(logits, wanted).mean()
+
+    @eqx.filter_jit(donate="all-except-first")
+    def step(teacher: GPT, small: GPT, state: optax.OptState, window: jax.Array):
+        wanted = jax.nn.softmax(teacher(window[:, :-1]))
+        value, gradient = eqx.filter_value_and_grad(loss)(small, window, wanted)
         updates, state = optimizer.update(gradient, state, small)  # pyright: ignore[reportArgumentType]
         return eqx.apply_updates(small, updates), state, value
 
@@ -119,7 +131,7 @@ def made(model: GPT, tokenizer: Tokenizer, options: Arguments) -> GPT:
     rng, start, values = np.random.default_rng(0), time.monotonic(), []
     for i in range(n_step):
         rows = rng.choice(len(windows), batch)
-        small, state, value = step(small, state, jnp.asarray(windows[rows]))
+        small, state, value = step(teacher, small, state, jnp.asarray(windows[rows]))
         values.append(float(value))
         if i % 20 == 0 or i == n_step - 1:
             mean = statistics.mean(values[-20:])
@@ -128,11 +140,14 @@ def made(model: GPT, tokenizer: Tokenizer, options: Arguments) -> GPT:
 
 
 def own_texts(model: GPT, tokenizer: Tokenizer, options: Arguments) -> np.ndarray:
-    """int32 (texts, 257): what the model says at temperature 1 after `start`."""
-    fast, batch = eqx_gpt.for_inference(model), 32
-    start = np.tile(np.array(prompt_ids(tokenizer, options.start), np.int32), (batch, 1))
+    """int32 (texts, 257): what the model says at temperature 1 after `start` or passages."""
+    fast, batch, rng = eqx_gpt.for_inference(model), 32, np.random.default_rng(1)
     texts = []
     for i in range(-(-options.texts // batch)):
+        if options.text is None:
+            start = np.tile(np.array(prompt_ids(tokenizer, options.start), np.int32), (batch, 1))
+        else:
+            start = passages(tokenizer, options.text, (0.0, 0.9), batch, rng)
         key = jax.random.fold_in(jax.random.key(0), i)
         texts.append(eqx_gpt.generate(fast, start, 257 - start.shape[1], key=key))
         texts[-1].block_until_ready()
@@ -140,12 +155,28 @@ def own_texts(model: GPT, tokenizer: Tokenizer, options: Arguments) -> np.ndarra
     return np.concatenate(texts)
 
 
-def asked(tokenizer: Tokenizer, question: str) -> list[int]:
+def asked(tokenizer: Tokenizer, options: Arguments) -> list[list[int]]:
+    """Five prompts."""
+    if options.text is not None:
+        rng = np.random.default_rng(2)
+        return passages(tokenizer, options.text, (0.9, 1.0), len(QUESTIONS), rng).tolist()
     if tokenizer.chat_template is None:
-        return prompt_ids(tokenizer, question)
-    messages = [{"role": "user", "content": question}]
-    text = ChatTemplate.of(tokenizer).render(messages, add_generation_prompt=True)
-    return tokenizer.encode(text, special="token")
+        return [prompt_ids(tokenizer, question) for question in QUESTIONS]
+    chat, prompts = ChatTemplate.of(tokenizer), []
+    for question in QUESTIONS:
+        text = chat.render([{"role": "user", "content": question}], add_generation_prompt=True)
+        prompts.append(tokenizer.encode(text, special="token"))
+    return prompts
+
+
+def passages(
+    tokenizer: Tokenizer, file: Path, part: tuple[float, float], n: int, rng: np.random.Generator
+) -> np.ndarray:
+    """int32 (n, 32): pieces of a text, from that part of it."""
+    ids = tokenizer.encode(file.read_text(encoding="utf-8"))
+    first, last = (int(edge * len(ids)) for edge in part)
+    places = rng.integers(first, last - 32, n)
+    return np.array([ids[place : place + 32] for place in places], np.int32)
 
 
 def measured(
