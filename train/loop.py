@@ -4,38 +4,37 @@ import dataclasses
 import math
 import operator
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from eqx_gpt import lora
 from eqx_gpt.config import GPTConfig
 from eqx_gpt.generate import generate
 from eqx_gpt.gpt import GPT
-from eqx_gpt.shapes import PRNGKey
 from eqx_gpt.text import with_tokens_of
 from eqx_gpt.tree import cast, count_params
 from train.checkpoint import Checkpoints
-from train.config import TrainConfig, model_config
+from train.clock import Clock
+from train.config import TrainConfig
 from train.data import prefetched
-from train.devices import Execution, describe_arithmetic, describe_devices
+from train.devices import Execution
 from train.display import Display
 from train.evaluate import sampled_loss
+from train.header import header
 from train.interrupt import Interrupted, Interruption
 from train.manifest import SPLITS, Manifest
 from train.metrics import MetricsFile, extra_loggers, flops_per_token, peak_flops
-from train.optimizer import learning_rate, make_optimizer, trainable
-from train.packing import Packed, PackedWindows, describe_packing, micro_batches, windows_of
+from train.optimizer import learning_rate, make_optimizer
+from train.packing import Packed, micro_batches, windows_of
 from train.plot import plot_losses
 from train.run import RunError, check_startable, has_checkpoint, resumed_model, write_run
+from train.start import computing, new_state, skeleton, started_model
 from train.step import (
     Gradients,
     Recipe,
@@ -96,8 +95,8 @@ def train(
     if resume:
         model_cfg = resumed_model(config, data)
     else:
-        config, model_cfg = _model_config(config, data, start)
-        _skeleton(config, model_cfg, jnp.float32)  # wrong names end here, with nothing written
+        config, model_cfg = started_model(config, data, start)
+        skeleton(config, model_cfg, jnp.float32)  # wrong names end here, with nothing written
         write_run(config, model_cfg, data)
     with Display(config.max_iters) as display:
         trainer = Trainer(config, data, model_cfg, start, display, process)
@@ -132,8 +131,8 @@ class Trainer:
         self.eval_windows = {
             split: windows_of(data, split, config.block_size, seed=0) for split in SPLITS
         }
-        skeleton = _skeleton(config, model_cfg, jnp.float32)
-        n_params, n_frozen = count_params(skeleton.model), count_params(skeleton.frozen)
+        shapes = skeleton(config, model_cfg, jnp.float32)
+        n_params, n_frozen = count_params(shapes.model), count_params(shapes.frozen)
         platform = jax.default_backend()
         self.execution = Execution.choose(config, model_cfg, n_params, platform, n_frozen)
         model_cfg = dataclasses.replace(model_cfg, unroll=self.execution.unroll)
@@ -149,14 +148,14 @@ class Trainer:
         if self.checkpoints.latest_step() is None:
             if not config.eval_only:
                 self.checkpoints.clear()
-            state = _new_state(config, model_cfg, key_model, pretrained)
+            state = new_state(config, model_cfg, key_model, pretrained)
             if n_frozen and not config.eval_only:
                 self.checkpoints.save_base(state.frozen)
-            self.state = _computing(state, self.execution.dtype)
+            self.state = computing(state, self.execution.dtype)
             self.progress = Progress()
         else:
-            skeleton = _skeleton(config, model_cfg, self.execution.dtype)
-            self.state, progress = self.checkpoints.restore(skeleton)
+            shapes = skeleton(config, model_cfg, self.execution.dtype)
+            self.state, progress = self.checkpoints.restore(shapes)
             self.progress = Progress(**progress)
         self.steps_done = int(self.state.step)
         self.saved = (self.steps_done, self.progress.evaluated_at)
@@ -175,8 +174,14 @@ class Trainer:
             self.loggers = []  # a look at a run is no part of it
         self.saved_at = self.plotted_at = time.monotonic()
         self.started_at = self.saved_at - self.progress.elapsed_s
-        header = self._header(model_cfg, n_params, n_frozen)
-        self.display.header(header if process is None else {**header, "process": process})
+        self.display.header(
+            header(
+                config, model_cfg, data,
+                windows=self.windows, execution=self.execution, n_params=n_params,
+                n_frozen=n_frozen, peak_flops=self.peak_flops, steps_done=self.steps_done,
+            )
+            | ({} if process is None else {"process": process})
+        )  # fmt: skip
 
     def close(self) -> None:
         self.checkpoints.close()
@@ -212,7 +217,7 @@ class Trainer:
     def _train(self, signals: Interruption) -> None:
         config = self.config
         self._between_steps(signals)
-        clock = _Clock(self.steps_done, config.global_batch_size * config.block_size)
+        clock = Clock(self.steps_done, config.global_batch_size * config.block_size)
         previous: StepMetrics | None = None
         with prefetched(self._windows_of, self.steps_done, config.max_iters) as batches:
             for windows in batches:
@@ -361,111 +366,3 @@ class Trainer:
         """Seconds of training to come at this rate, evaluations apart."""
         steps = self.config.max_iters - self.steps_done - micro_done / self.execution.n_micro
         return steps * self.config.global_batch_size * self.config.block_size / tokens_per_s
-
-    def _header(self, model_cfg: GPTConfig, n_params: int, n_frozen: int) -> dict[str, str]:
-        config, execution, splits = self.config, self.execution, self.data.splits
-        n_tokens = config.global_batch_size * config.block_size
-        packed = isinstance(self.windows, PackedWindows)
-        peak = "unknown peak" if self.peak_flops is None else f"peak {self.peak_flops:.3g} FLOP/s"
-        if self.steps_done:
-            start = f"resumed at step {self.steps_done}"
-        else:
-            start = "new" if config.init_from == "scratch" else f"from {config.init_from}"
-        learning = f", {n_params - n_frozen:,} of them learning" if n_frozen else ""
-        return {
-            "model": f"{n_params:,} parameters{learning}: {model_cfg.n_layer} layers, "
-            f"{model_cfg.n_head} heads, {model_cfg.n_embd} wide, block {model_cfg.block_size}, "
-            f"vocabulary {model_cfg.vocab_size}; {start}",
-            "data": f"{self.data.name}: {splits['train'].tokens:,} training tokens, "
-            f"{splits['val'].tokens:,} for validation{describe_packing(self.windows)}",
-            "device": f"{describe_devices()}, "
-            f"{describe_arithmetic(execution, model_cfg, config.block_size, packed)}, {peak}",
-            "batch": f"{config.global_batch_size} x {config.block_size} = {n_tokens:,} tokens a "
-            f"step, in {execution.n_micro} micro-batches of {execution.micro_batch_size}, "
-            f"accumulated on the {execution.accumulate}",
-            "run": f"{config.max_iters:,} steps, into {config.out_dir}",
-        }
-
-
-class _Clock:
-    """The rate of training since it was last asked, evaluations and checkpoints apart."""
-
-    def __init__(self, steps_done: int, tokens_per_step: int) -> None:
-        self._tokens_per_step = tokens_per_step
-        self._since_step, self._since_time = steps_done, time.monotonic()
-
-    def tokens_per_s(self, steps_done: int) -> float:
-        now = time.monotonic()
-        tokens = (steps_done - self._since_step) * self._tokens_per_step
-        rate = tokens / (now - self._since_time)
-        self._since_step, self._since_time = steps_done, now
-        return rate
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        start = time.monotonic()
-        yield
-        self._since_time += time.monotonic() - start
-
-
-def _model_config(
-    config: TrainConfig, data: Manifest, pretrained: GPT | None
-) -> tuple[TrainConfig, GPTConfig]:
-    """The model that a new run trains, and the run's config, which says its shape."""
-    if pretrained is None:
-        return config, model_config(config, data.vocab_size)
-    model_cfg = pretrained.config
-    shape = {
-        "n_layer": model_cfg.n_layer,
-        "n_head": model_cfg.n_head,
-        "n_embd": model_cfg.n_embd,
-        "bias": model_cfg.mlp.bias,
-        "vocab_size": model_cfg.vocab_size,
-    }
-    for name, value in shape.items():
-        asked = getattr(config, name)
-        if asked not in (value, getattr(TrainConfig(), name)):
-            raise ValueError(
-                f"{name}={asked} contradicts {config.init_from!r}, which has {value}; leave it out"
-            )
-    if config.block_size > model_cfg.block_size:
-        raise ValueError(
-            f"block_size={config.block_size} exceeds the {model_cfg.block_size} that "
-            f"{config.init_from!r} was made for; give --block_size {model_cfg.block_size} or less"
-        )
-    if data.vocab_size > model_cfg.vocab_size:
-        raise ValueError(
-            f"dataset {data.name!r} has {data.vocab_size} tokens, {config.init_from!r} knows "
-            f"{model_cfg.vocab_size}; prepare the dataset with that model's tokenizer"
-        )
-    config = dataclasses.replace(config, **shape)
-    # Rotary models lose nothing by a longer block_size than they are trained on.
-    crops = model_cfg.position.kind == "learned"
-    block_size = config.block_size if crops else model_cfg.block_size
-    model_cfg = dataclasses.replace(model_cfg, dropout=config.dropout, block_size=block_size)
-    return config, model_cfg
-
-
-@eqx.filter_jit
-def _new_state(
-    config: TrainConfig, model_cfg: GPTConfig, key: PRNGKey, pretrained: GPT | None
-) -> TrainState:
-    if pretrained is None:
-        model = GPT.init(model_cfg, key=key)
-    else:
-        model = pretrained.crop_block_size(model_cfg.block_size).with_config(model_cfg)
-    if config.lora is not None:
-        model = lora.init(model, config.lora, key=jax.random.fold_in(key, 1))
-    return TrainState.init(model, make_optimizer(config), trainable(config, model))
-
-
-def _computing(state: TrainState, dtype: DTypeLike) -> TrainState:
-    """With the frozen parts in the dtype of the products, to which each step would cast them."""
-    return eqx.tree_at(lambda s: s.frozen, state, cast(state.frozen, dtype))
-
-
-def _skeleton(config: TrainConfig, model_cfg: GPTConfig, dtype: DTypeLike) -> TrainState:
-    """The state's shapes and dtypes. ValueError for names in the config that fit nothing."""
-    key = jax.random.key(0)
-    state = eqx.filter_eval_shape(_new_state, config, model_cfg, key, None)
-    return eqx.filter_eval_shape(_computing, state, dtype)

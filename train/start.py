@@ -1,0 +1,80 @@
+"""What a run starts from: its model, new or pretrained, and the state of step 0."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+from jax.typing import DTypeLike
+
+from eqx_gpt import lora
+from eqx_gpt.config import GPTConfig
+from eqx_gpt.gpt import GPT
+from eqx_gpt.shapes import PRNGKey
+from eqx_gpt.tree import cast
+from train.config import TrainConfig, model_config
+from train.manifest import Manifest
+from train.optimizer import make_optimizer, trainable
+from train.step import TrainState
+
+
+def started_model(
+    config: TrainConfig, data: Manifest, pretrained: GPT | None
+) -> tuple[TrainConfig, GPTConfig]:
+    """The model that a new run trains, and the run's config, which says its shape."""
+    if pretrained is None:
+        return config, model_config(config, data.vocab_size)
+    model_cfg = pretrained.config
+    shape = {
+        "n_layer": model_cfg.n_layer,
+        "n_head": model_cfg.n_head,
+        "n_embd": model_cfg.n_embd,
+        "bias": model_cfg.mlp.bias,
+        "vocab_size": model_cfg.vocab_size,
+    }
+    for name, value in shape.items():
+        asked = getattr(config, name)
+        if asked not in (value, getattr(TrainConfig(), name)):
+            raise ValueError(
+                f"{name}={asked} contradicts {config.init_from!r}, which has {value}; leave it out"
+            )
+    if config.block_size > model_cfg.block_size:
+        raise ValueError(
+            f"block_size={config.block_size} exceeds the {model_cfg.block_size} that "
+            f"{config.init_from!r} was made for; give --block_size {model_cfg.block_size} or less"
+        )
+    if data.vocab_size > model_cfg.vocab_size:
+        raise ValueError(
+            f"dataset {data.name!r} has {data.vocab_size} tokens, {config.init_from!r} knows "
+            f"{model_cfg.vocab_size}; prepare the dataset with that model's tokenizer"
+        )
+    config = dataclasses.replace(config, **shape)
+    # Rotary models lose nothing by a longer block_size than they are trained on.
+    crops = model_cfg.position.kind == "learned"
+    block_size = config.block_size if crops else model_cfg.block_size
+    model_cfg = dataclasses.replace(model_cfg, dropout=config.dropout, block_size=block_size)
+    return config, model_cfg
+
+
+@eqx.filter_jit
+def new_state(
+    config: TrainConfig, model_cfg: GPTConfig, key: PRNGKey, pretrained: GPT | None
+) -> TrainState:
+    if pretrained is None:
+        model = GPT.init(model_cfg, key=key)
+    else:
+        model = pretrained.crop_block_size(model_cfg.block_size).with_config(model_cfg)
+    if config.lora is not None:
+        model = lora.init(model, config.lora, key=jax.random.fold_in(key, 1))
+    return TrainState.init(model, make_optimizer(config), trainable(config, model))
+
+
+def computing(state: TrainState, dtype: DTypeLike) -> TrainState:
+    """With the frozen parts in the dtype of the products, to which each step would cast them."""
+    return eqx.tree_at(lambda s: s.frozen, state, cast(state.frozen, dtype))
+
+
+def skeleton(config: TrainConfig, model_cfg: GPTConfig, dtype: DTypeLike) -> TrainState:
+    """The state's shapes and dtypes. ValueError for names in the config that fit nothing."""
+    key = jax.random.key(0)
+    state = eqx.filter_eval_shape(new_state, config, model_cfg, key, None)
+    return eqx.filter_eval_shape(computing, state, dtype)
