@@ -121,7 +121,29 @@ def stream(
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     rules = Rules.init(model.config, Sampler.init(temperature, **sampler), key, stop)
-    return _Run(model, tokens, lengths, max_new_tokens, rules, draft).chunks(chunk)
+    run = _Run(model, tokens, lengths, max_new_tokens, rules, draft)
+    return (new for new, _ in run.chunks(chunk))
+
+
+def stream_with_logprobs(
+    model: GPT,
+    tokens: TokensLike,
+    max_new_tokens: int = 32,
+    *,
+    chunk: int = 16,
+    lengths: TokensLike | None = None,
+    key: PRNGKey | None = None,
+    stop: Sequence[int] = (),
+    draft: Draft | None = None,
+    temperature: float | int = 1.0,
+    **sampler: Any,
+) -> Iterator[tuple[Int[np.ndarray, "*batch chunk"], Float[np.ndarray, "*batch chunk"]]]:
+    """As `stream`, with how likely the model found each new token (see `Generated`)."""
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    rules = Rules.init(model.config, Sampler.init(temperature, **sampler), key, stop, logprobs=True)
+    run = _Run(model, tokens, lengths, max_new_tokens, rules, draft)
+    return ((new, logprobs) for new, logprobs in run.chunks(chunk) if logprobs is not None)
 
 
 def pad_prompts(
@@ -168,7 +190,9 @@ class _Run:
         state = self._begun()
         return self._output(self._continued(state, self.n_window + 1, self.end))
 
-    def chunks(self, chunk: int) -> Iterator[Int[np.ndarray, "*batch chunk"]]:
+    def chunks(
+        self, chunk: int
+    ) -> Iterator[tuple[Int[np.ndarray, "*batch chunk"], Float[np.ndarray, "*batch chunk"] | None]]:
         if self.n_new == 0:
             return
         state, given, reached = self._begun(), self.n_window, self.n_window + 1
@@ -176,7 +200,9 @@ class _Run:
             state = self._continued(state, reached, min(given + chunk, self.end))
             reached = int(state.length)
             # A copy: the next chunk is written into the same memory.
-            yield np.array(state.tokens)[..., given:reached]
+            logprobs = state.logprobs
+            new = np.array(state.tokens)[..., given:reached]
+            yield new, None if logprobs is None else np.array(logprobs)[..., given:reached]
             given = self.end if np.asarray(state.done).all() else reached
 
     def _begun(self) -> State:

@@ -2,10 +2,10 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from eqx_gpt.config import GPTConfig
-from eqx_gpt.generate import pad_prompts, stream
+from eqx_gpt.generate import pad_prompts, stream, stream_with_logprobs
 from eqx_gpt.gpt import GPT
 from eqx_gpt.tokenizer import Tokenizer
 
@@ -67,7 +67,7 @@ def complete(
     pieces = stream_texts(
         model, tokenizer, ids, max_new_tokens, ends=ends, stop_strings=stop_strings, **settings
     )
-    return ["".join(texts) for texts in zip(*pieces, strict=True)]
+    return ["".join(piece.text for piece in row) for row in zip(*pieces, strict=True)]
 
 
 def stream_text(
@@ -95,7 +95,20 @@ def stream_text(
         chunk=chunk,
         **settings,
     )
-    return (piece for (piece,) in pieces if piece)
+    return (piece.text for (piece,) in pieces if piece.text)
+
+
+class Piece(NamedTuple):
+    """What is new in a row.
+
+    - `text`: all of it together is the text.
+    - `tokens`: those read for it, an end among them; of a stop string also the tokens it took.
+    - `logprobs`: what the model gives each of these, in nats; none if they were not asked for.
+    """
+
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
 
 
 def stream_texts(
@@ -107,27 +120,33 @@ def stream_texts(
     ends: Sequence[int] = (),
     stop_strings: Sequence[str] = (),
     chunk: int = 32,
+    logprobs: bool = False,
     **settings: Any,
-) -> Iterator[list[str]]:
+) -> Iterator[list[Piece]]:
     """What is new in each row, again and again until all are over, of prompts given as ids."""
     rows = [TextStream(tokenizer, prompt, ends, stop_strings) for prompt in prompts]
     tokens, lengths = pad_prompts(prompts)
-    chunks = stream(
-        model,
-        tokens,
-        max_new_tokens,
-        lengths=None if (lengths == lengths[0]).all() else lengths,
-        stop=ends,
-        chunk=chunk,
-        **settings,
-    )
+    settings |= {
+        "lengths": None if (lengths == lengths[0]).all() else lengths,
+        "stop": ends,
+        "chunk": chunk,
+    }
+    # Begun here, so that what is wrong with the settings is said before the first piece is asked.
+    if logprobs:
+        chunks = stream_with_logprobs(model, tokens, max_new_tokens, **settings)
+    else:
+        plain = stream(model, tokens, max_new_tokens, **settings)
+        chunks = ((new, new[:, :0]) for new in plain)
 
-    def pieces() -> Iterator[list[str]]:
-        for new in chunks:
-            yield [row.add(ids) for row, ids in zip(rows, new.tolist(), strict=True)]
+    def pieces() -> Iterator[list[Piece]]:
+        for new, of_each in chunks:
+            yield [
+                row.read(ids, values)
+                for row, ids, values in zip(rows, new.tolist(), of_each.tolist(), strict=True)
+            ]
             if all(row.ended for row in rows):
                 return
-        yield [row.finish() for row in rows]
+        yield [Piece(row.finish(), [], []) for row in rows]
 
     return pieces()
 
@@ -159,6 +178,13 @@ class TextStream:
         self._window = list(prompt)[-_CONTEXT:]
         self._n_given = len(self._decode(self._window))
         self._held = ""
+
+    def read(self, ids: Sequence[int], logprobs: Sequence[float]) -> Piece:
+        """`add`, with the tokens that it took. `logprobs` are theirs, or none."""
+        if self.ended:
+            return Piece("", [], [])
+        end = next((n for n, i in enumerate(ids, 1) if i in self._ends), len(ids))
+        return Piece(self.add(ids), list(ids[:end]), list(logprobs[:end]))
 
     def add(self, ids: Sequence[int]) -> str:
         """The text that has become certain by these tokens; what follows an end counts for none."""

@@ -1,5 +1,6 @@
 """What every command shares: how flags are read, how a user's mistake and Ctrl-C end it."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -47,10 +48,17 @@ def model_source(init_from: str, out_dir: str) -> "Callable[[], tuple[GPT, Token
 
 
 def run_command(main: Callable[[], int]) -> int:
-    """The exit code: a user's mistake is one message and 2, Ctrl-C one line and 130."""
+    """The exit code: a user's mistake is one message and 2, Ctrl-C one line and 130.
+
+    Where the reader of stdout has gone, as `head` does, it ends as if by that signal, silently.
+    """
     name = Path(sys.argv[0]).stem
     try:
         return main()
+    except BrokenPipeError:
+        # Python writes what is left when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2

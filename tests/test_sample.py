@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from test_text import bytes_tokenizer
 from tiny_run import command
 
 from eqx_gpt import GPT, generate
+from eqx_gpt.text import prompt_ids
 from eqx_gpt.tokenizer import CharTokenizer, JSONTokenizer
 from scripts.sampling import modes
 from scripts.sampling.arguments import Arguments
@@ -74,6 +76,48 @@ def test_samples_are_drawn_together_or_as_they_come(
     stop = dataclasses.replace(greedy, stop=(whole[5:7],))
     modes.samples(Speaker(model, tokenizer, stop), "AB")
     assert capsys.readouterr().out == whole[: whole.index(whole[5:7], 2)] + "\n"
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_logprobs_are_the_models_own(
+    talker: tuple[GPT, JSONTokenizer], tmp_path: Path, together: int
+) -> None:
+    """At temperature 1 and unfiltered, however it was drawn, and to the end of each text alone."""
+    model, tokenizer = talker
+    file = tmp_path / "logprobs.jsonl"
+    options = Arguments(
+        num_samples=6, batch_size=together, max_new_tokens=23, temperature=1.3, logprobs=file
+    )
+    modes.samples(Speaker(model, tokenizer, options), "ab")
+    samples = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert len(samples) == 6
+    prompt = prompt_ids(tokenizer, "ab")
+    for sample in samples:
+        tokens = sample["tokens"]
+        ends = [token in (1, 2) for token in tokens]
+        assert not any(ends[:-1])
+        assert ends[-1] or len(tokens) == 23
+        logits = model(np.array([prompt + tokens], np.int32))[0, len(prompt) - 1 : -1]
+        logits = np.asarray(logits[:, : tokenizer.vocab_size], np.float64)
+        expected = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+        expected = expected[np.arange(len(tokens)), tokens]
+        np.testing.assert_allclose(sample["logprobs"], expected, atol=2e-5)
+    assert any(len(sample["tokens"]) < 23 for sample in samples)
+
+
+def test_a_reader_that_leaves_is_no_error(letters: tuple[GPT, CharTokenizer]) -> None:
+    program = (
+        "import scripts.common as c; c.run_command(lambda: [print('x') for _ in range(10**6)])"
+    )
+    reader = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    with reader:
+        assert reader.stdout is not None
+        assert reader.stderr is not None
+        reader.stdout.readline()
+        reader.stdout.close()
+        assert reader.stderr.read() == b""
 
 
 def test_every_line_is_continued(

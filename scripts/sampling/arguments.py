@@ -65,6 +65,9 @@ class Arguments:
     """Above 1, tokens that were there before become less likely. None: they do not."""
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """A text that a sample ends before, besides the model's own end; may be given again."""
+    logprobs: Path | None = None
+    """A file for the log-probability of each new token under the model itself, in nats, at
+    temperature 1 and unfiltered: a JSON object a sample, with `text`, `tokens`, `logprobs`."""
     seed: int = 1337
     """Another seed, other samples. They also depend on batch_size."""
     quantize: Literal["none", "bfloat16", "int8"] = "none"

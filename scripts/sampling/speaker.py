@@ -1,5 +1,6 @@
 """A model that speaks: ids in, text to stdout."""
 
+import json
 from collections.abc import Sequence
 
 import jax
@@ -7,7 +8,7 @@ import jax
 import eqx_gpt
 from eqx_gpt import GPT, Draft
 from eqx_gpt.inference import lay_out
-from eqx_gpt.text import stream_texts, with_tokens_of
+from eqx_gpt.text import Piece, stream_texts, with_tokens_of
 from eqx_gpt.tokenizer import Tokenizer, same_tokens
 from scripts.sampling.arguments import Arguments
 from weights import from_pretrained, load_tokenizer
@@ -22,6 +23,8 @@ class Speaker:
         self.model = self._prepared(model)
         self.draft = None if options.draft is None else self._drafting(options.draft)
         self._n_drawn = 0
+        if options.logprobs is not None:
+            options.logprobs.write_text("", encoding="utf-8")  # a wrong path is said at once
 
     def _prepared(self, model: GPT) -> GPT:
         model = with_tokens_of(model, self.tokenizer)
@@ -58,13 +61,23 @@ class Speaker:
             min_p=options.min_p,
             repetition_penalty=options.repetition_penalty,
             draft=self.draft,
+            logprobs=options.logprobs is not None,
         )
         self._n_drawn += 1
         if len(prompts) == 1:
             print(after, end="", flush=True)
-        texts = [""] * len(prompts)
+        rows: list[list[Piece]] = [[] for _ in prompts]
         for new in pieces:
-            texts = [text + piece for text, piece in zip(texts, new, strict=True)]
+            for row, piece in zip(rows, new, strict=True):
+                row.append(piece)
             if len(prompts) == 1:
-                print(new[0], end="", flush=True)
+                print(new[0].text, end="", flush=True)
+        texts = ["".join(piece.text for piece in row) for row in rows]
+        if options.logprobs is not None:
+            with options.logprobs.open("a", encoding="utf-8") as file:
+                for text, row in zip(texts, rows, strict=True):
+                    tokens = [token for piece in row for token in piece.tokens]
+                    logprobs = [value for piece in row for value in piece.logprobs]
+                    found = {"text": text, "tokens": tokens, "logprobs": logprobs}
+                    file.write(json.dumps(found) + "\n")
         return texts
