@@ -1,0 +1,64 @@
+"""What a run will need: python scripts/plan.py --preset gpt2-xl --device h100:8."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+# `scripts/` comes first otherwise, and `scripts/train.py` would hide the package `train`.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from scripts.environment import prepare_process  # noqa: E402
+
+prepare_process(__name__)  # may start this anew, so it comes before the slow imports
+
+import tyro  # noqa: E402
+
+from scripts.common import parse, run_command  # noqa: E402
+from scripts.planning import print_plan, size_of  # noqa: E402
+from scripts.train import first_look  # noqa: E402
+from train.config import TrainConfig  # noqa: E402
+from train.resolve import base_config  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Memory, time and cost of the run that scripts/train.py would do with the same flags. One
+    line of JSON comes last on stdout."""
+
+    settings: tyro.conf.OmitArgPrefixes[TrainConfig]
+    device: str = "here"
+    """here (compiled and timed), or accelerators to estimate for: h100, h100:8, a100:4, ..."""
+    dollars_per_hour: float | None = None
+    """The price of one device. None: a usual one."""
+    preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """A recipe to start from, as in scripts/train.py."""
+    config: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """A JSON file of settings, or a run's run.json."""
+
+
+def main() -> int:
+    recipe, _ = base_config(first_look(sys.argv[1:]))
+    options = parse(Arguments, default=Arguments(recipe))
+    config = options.settings
+    config.check_together()
+    n_token, train_tokens, pretrained = size_of(config)
+
+    from train.plan import plan_for, plan_here, planned_model
+    from train.traps import traps
+
+    model_cfg = planned_model(config, n_token, pretrained)
+    if options.device == "here":
+        plan = plan_here(config, model_cfg, say=lambda text: print(text, file=sys.stderr))
+    else:
+        price = options.dollars_per_hour
+        plan = plan_for(options.device, config, model_cfg, dollars_per_hour=price)
+    found = traps(config, recipe, plan.n_params, train_tokens)
+    print_plan(plan, config, found)
+    print(json.dumps({**plan.to_dict(), "traps": found}))
+    return 0 if plan.fits else 1
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,159 @@
+"""Plans: arithmetic done by hand, what the compiler says, and settings known to spoil runs."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+from tiny_run import command, make_dataset, run
+
+from eqx_gpt import get_config
+from eqx_gpt.tree import count_params
+from train.accelerators import ACCELERATORS, parse_devices
+from train.config import TrainConfig, model_config
+from train.plan import plan_for, plan_here, planned_model
+from train.presets import PRESETS
+from train.start import skeleton
+from train.traps import traps
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+SMALL = TrainConfig(
+    n_layer=3, n_head=2, n_embd=14, block_size=13, batch_size=6, gradient_accumulation_steps=2,
+    max_iters=100, lr_decay_iters=100, warmup_iters=3, dataset="shakespeare_char",
+)  # fmt: skip
+
+
+def params_of(config: TrainConfig, n_token: int = 50257) -> int:
+    return count_params(skeleton(config, model_config(config, n_token), jnp.float32).model)
+
+
+@pytest.mark.parametrize("name", ["gpt2-small", "gpt2-medium", "gpt2-xl"])
+def test_memory_elsewhere_is_that_of_the_books(name: str) -> None:
+    """16 bytes a parameter (ZeRO, arXiv:1910.02054, section 3, in float32), 2 for the copy; and of
+    each layer and token about 34 d bytes (Korthikanti et al., arXiv:2205.05198, section 4, without
+    the scores, which are made anew)."""
+    config = PRESETS[name]
+    plan = plan_for("h100:8", config, model_config(config, 50257))
+    n = params_of(config)
+    state, copy, kept, _ = plan.memory.values()
+    assert state == pytest.approx(16 * n, rel=1e-3)
+    assert copy == 2 * n
+    rows = plan.micro_batch_size // 8
+    book = 34 * config.n_layer * config.n_embd * config.block_size * rows
+    assert kept == pytest.approx(book, rel=0.3)
+    assert plan.n_micro * plan.micro_batch_size == config.global_batch_size
+    assert plan.fits
+
+
+def test_time_and_money_elsewhere() -> None:
+    """By hand: 6 N + 12 L d T operations a token, at 45 % of eight times 312 TFLOP/s."""
+    config = PRESETS["gpt2-small"]
+    plan = plan_for("a100:8", config, model_config(config, 50257), dollars_per_hour=2.5)
+    a_token = 6 * params_of(config) + 12 * 12 * 768 * 1024
+    seconds = 480 * 1024 * a_token / (8 * 0.45 * 312e12)
+    assert plan.step_s == pytest.approx(seconds, rel=0.05)  # and what the update reads and writes
+    assert plan.dollars == pytest.approx(plan.step_s * 600_000 / 3600 * 8 * 2.5)
+    one = plan_for("a100", config, model_config(config, 50257))
+    assert one.step_s == pytest.approx(8 * plan.step_s, rel=0.05)
+
+
+def test_a_model_too_large_for_one_device_is_split() -> None:
+    config = PRESETS["gpt2-xl"]
+    assert plan_for("h100:8", config, model_config(config, 50257)).mesh == {"data": 8}
+    split = plan_for("rtx4090:8", config, model_config(config, 50257))
+    assert split.mesh == {"fsdp": 8}
+    assert split.fits
+    assert not plan_for("rtx4090", config, model_config(config, 50257)).fits
+
+
+def test_here_the_compiler_is_asked() -> None:
+    said: list[str] = []
+    model_cfg = model_config(SMALL, 65)
+    plan = plan_here(SMALL, model_cfg, say=said.append)
+    n = params_of(SMALL, 65)
+    state = plan.memory["parameters, optimizer, gradients, data"]
+    assert 12 * n < state < 17 * n + 4096  # parameters and two moments; also the gradients
+    assert plan.memory["temporary"] > 0
+    assert plan.n_micro * plan.micro_batch_size == 12
+    assert 0 < plan.step_s < 5
+    assert plan.run_s == pytest.approx(100 * plan.step_s)
+    assert plan.tokens_per_s == pytest.approx(12 * 13 / plan.step_s)
+    assert said
+
+
+def test_the_chooser_keeps_the_global_batch() -> None:
+    plan = plan_here(SMALL, model_config(SMALL, 65), auto=True)
+    assert (plan.micro_batch_size, plan.n_micro) == (12, 1)
+
+
+def test_a_pretrained_model_is_cropped_as_the_run_does() -> None:
+    gpt2, llama = get_config("gpt2"), get_config("smollm2-135m")
+    config = dataclasses.replace(SMALL, block_size=128, dropout=0.1)
+    assert planned_model(config, 50257, gpt2).block_size == 128
+    assert planned_model(config, 50257, llama).block_size == llama.block_size
+    assert planned_model(config, 50257, gpt2).dropout == 0.1
+
+
+def test_devices_are_named() -> None:
+    assert parse_devices("h100:8") == ("h100", ACCELERATORS["h100"], 8)
+    assert parse_devices("tpu-v5e")[2] == 1
+    for text, match in (("h10", "h100"), ("h100:", "h100:8"), ("h100:0", "h100:8")):
+        with pytest.raises(ValueError, match=match):
+            parse_devices(text)
+    with pytest.raises(ValueError, match="7 devices do not divide the 12 sequences"):
+        plan_for("h100:7", SMALL, model_config(SMALL, 65))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_no_traps(name: str) -> None:
+    config = PRESETS[name]
+    if config.init_from == "scratch":
+        assert traps(config, config, params_of(config), None) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"gradient_accumulation_steps": 5}, "square-root rule"),
+        ({"gradient_accumulation_steps": 5, "learning_rate": 2e-4}, "another"),
+        ({"learning_rate": 6e-3}, "times the recipe's"),
+        ({"learning_rate": 6e-5}, "times the recipe's"),
+        ({"max_iters": 1000}, "has not come down at the end"),
+        ({"max_iters": 2_000_000}, "runs at min_lr"),
+        ({"warmup_iters": 0}, "no warm-up"),
+        ({"weight_decay": 1.0}, "weight_decay"),
+        ({"grad_clip": 0.0}, "not clipped"),
+        ({"min_lr": 1e-3}, "rises to the end"),
+    ],
+)
+def test_traps_are_named(change: dict[str, float], match: str) -> None:
+    recipe = PRESETS["gpt2-small"]
+    config = dataclasses.replace(recipe, **change)
+    assert any(match in trap for trap in traps(config, recipe, 124_373_760, None))
+
+
+def test_few_tokens_read_often() -> None:
+    config = PRESETS["gpt2-small"]
+    (found,) = traps(config, config, 124_373_760, 9_000_000)
+    assert f"{math.floor(480 * 1024 * 600_000 / 9e6):,} times" in found
+
+
+def test_the_command(tmp_path: Path) -> None:
+    data_dir = make_dataset(tmp_path / "data")
+    flags = {"dataset": "tiny", "data_dir": data_dir, "block_size": 13, "n_layer": 1, "n_head": 2}
+    argv = command("plan.py", device="h100:2", n_embd=14, **flags)
+    done = run(argv, tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["n_device"] == 2
+    assert "WATCH OUT" in done.stdout
+    assert found["traps"]
+    mistakes = ({"device": "h101"}, "did you mean"), ({"preset": "gpt2-smal"}, "gpt2-small")
+    for wrong, match in mistakes:
+        done = run(command("plan.py", **{"device": "h100", **wrong}), tmp_path)
+        assert done.returncode == 2
+        assert match in done.stderr
+        assert "Traceback" not in done.stderr
