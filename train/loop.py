@@ -30,10 +30,11 @@ from train.header import header
 from train.interrupt import Interrupted, Interruption
 from train.manifest import SPLITS, Manifest
 from train.metrics import MetricsFile, extra_loggers, flops_per_token, peak_flops
-from train.optimizer import learning_rate, make_optimizer
+from train.optimizer import make_optimizer
 from train.packing import Packed, micro_batches, windows_of
 from train.plot import plot_losses
 from train.run import RunError, check_startable, has_checkpoint, resumed_model, write_run
+from train.schedules import learning_rate
 from train.start import computing, new_state, skeleton, started_model
 from train.step import (
     Gradients,
@@ -142,7 +143,10 @@ class Trainer:
         self.peak_flops = peak_flops(self.execution.dtype)
 
         key_model, key_steps = jax.random.split(jax.random.key(config.seed))
-        self.recipe = Recipe(make_optimizer(config), self.execution.dtype, key_steps)
+        self.recipe = Recipe(
+            make_optimizer(config), self.execution.dtype, key_steps,
+            config.z_loss, config.label_smoothing, config.ema_decay,
+        )  # fmt: skip
         self.learning_rate = jax.jit(learning_rate(config))
         self.checkpoints = Checkpoints(self.directory)
         if self.checkpoints.latest_step() is None:
@@ -290,7 +294,7 @@ class Trainer:
                 self.display.working(step, f"evaluating on {split}, batch {done}/{total}")
 
             losses[split] = sampled_loss(
-                self.state.model,
+                self.state.best_model,
                 windows,
                 batch_size=config.batch_size,
                 n_batch=config.eval_iters,
@@ -313,7 +317,7 @@ class Trainer:
         )
         self._log({"iter": step, "val_loss": losses["val"], "eval_train_loss": losses["train"]})
         if improved and not config.always_save_checkpoint and not config.eval_only:
-            self.checkpoints.save_best(self.state.params, step)
+            self.checkpoints.save_best(self.state.best_params, step)
         if time.monotonic() - self.plotted_at > PLOT_EVERY_S:
             plot_losses(self.directory)
             self.plotted_at = time.monotonic()
@@ -322,7 +326,7 @@ class Trainer:
         prompt = jnp.asarray(self.data.tokens("val")[:1], jnp.int32)
         key = jax.random.key(self.steps_done)
         tokenizer = self.data.tokenizer()
-        model = cast(self.state.model, self.execution.dtype)  # which the frozen parts have
+        model = cast(self.state.best_model, self.execution.dtype)  # which the frozen parts have
         model = with_tokens_of(model, tokenizer)
         tokens = generate(model, prompt, 200, key=key, temperature=0.8, top_k=200)
         text = tokenizer.decode(tokens.tolist())
