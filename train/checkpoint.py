@@ -4,9 +4,9 @@ Orbax is imported by what uses it: a new run need not wait for it before its fir
 
 A run's `checkpoints/<step>/` holds three items: `model` and `optimizer`, flat mappings from the
 dotted names of `eqx_gpt.tree.named_arrays` to arrays, and `progress`, JSON. `best/<step>/` holds
-`model` alone. A run that averages its weights has the average as a fourth item, `average`, and
-as the `model` of `best`. Of a run with frozen parts these hold what learns, and `base/0/model`, written once,
-the rest.
+`model` alone. A run that averages its weights has their average as a fourth item, `average`, and
+as the `model` of `best`. Of a run with frozen parts these hold what learns, and `base/0/model`,
+written once, the rest.
 """
 
 import shutil

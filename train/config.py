@@ -196,8 +196,8 @@ class TrainConfig:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         for name in ("lora_rank", "warmup_iters", "sample_interval", "seed", "weight_decay",
-                     "grad_clip", "learning_rate", "min_lr", "checkpoint_minutes", "muon_learning_rate",
-                     "z_loss"):  # fmt: skip
+                     "grad_clip", "learning_rate", "min_lr", "checkpoint_minutes",
+                     "muon_learning_rate", "z_loss"):  # fmt: skip
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be 0 or above, got {getattr(self, name)}")
         if not 0 < self.lora_alpha < float("inf"):
@@ -310,7 +310,7 @@ def model_config(config: TrainConfig, n_token: int) -> GPTConfig:
         norm=NormConfig(config.norm, bias=config.bias and config.norm == "layernorm"),
         position=PositionConfig(
             config.position,
-            **({} if config.rope_theta is None else {"rope_theta": config.rope_theta}),
+            rope_theta=10_000.0 if config.rope_theta is None else config.rope_theta,
         ),
         attention=AttentionConfig(
             config.n_kv_head, qkv_bias=config.bias, out_bias=config.bias, qk_norm=config.qk_norm

@@ -4,7 +4,6 @@ Every rule is one stage of the same chain: clipping, the rule, decoupled weight 
 learning rate. The last two know each array's name.
 """
 
-import fnmatch
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +17,8 @@ from eqx_gpt.tree import map_with_roles, matching, name_of, named_arrays
 from train.config import OptimizerName, TrainConfig
 from train.muon import scale_by_muon
 from train.schedules import learning_rate
+
+MUON_DTYPE = jnp.bfloat16  # of Newton-Schulz' products
 
 
 def trainable(config: TrainConfig, model: PyTree) -> PyTree:
@@ -83,7 +84,7 @@ def _muon(config: TrainConfig) -> optax.GradientTransformation:
 
     # Both follow one schedule, the learning rate's; Muon has a peak of its own.
     ratio = config.muon_learning_rate / config.learning_rate
-    muon = optax.chain(scale_by_muon(config.muon_beta), optax.scale(ratio))
+    muon = optax.chain(scale_by_muon(config.muon_beta, dtype=MUON_DTYPE), optax.scale(ratio))
     return optax.partition({"muon": muon, "adam": _adam(config)}, rules)
 
 
