@@ -215,17 +215,18 @@ class AttentionConfig:
 class MLPConfig:
     """`plain`: down(act(up(x))).  `gated`: down(act(gate(x)) * up(x)) (arXiv:2002.05202).
 
-    `n_inner` is the hidden width; None is `4 * n_embd`. `gelu` is exact, `gelu_tanh` is GPT-2's.
+    `n_inner` is the hidden width; None is `4 * n_embd`. `gelu` is exact, `gelu_tanh` is
+    GPT-2's, `relu2` is relu squared (arXiv:2109.08668).
     """
 
     kind: Literal["plain", "gated"] = "plain"
-    activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = "gelu_tanh"
+    activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu"] = "gelu_tanh"
     n_inner: int | None = None
     bias: bool = True
 
     def __post_init__(self) -> None:
         _check_choice(self, "kind", ("plain", "gated"))
-        _check_choice(self, "activation", ("gelu", "gelu_tanh", "relu", "silu"))
+        _check_choice(self, "activation", ("gelu", "gelu_tanh", "relu", "relu2", "silu"))
 
 
 @dataclass(frozen=True)
@@ -269,8 +270,8 @@ class GPTConfig:
     - `layers`: the kinds of layers, repeated in this order: layer i is `layers[i % len(layers)]`.
     - `dropout`: probability, of embeddings, attention weights and both residual branches.
     - `unroll`: blocks per iteration of the scan over layers; 1 compiles fastest.
-    - `remat`: `block` keeps only each block's input for the backward pass and computes the rest
-      again.
+    - `remat`: what the backward pass computes again instead of finding it kept: nothing, all of
+      a block but its input (`block`), or all but the results of its linear maps (`dots`).
     """
 
     block_size: int = 1024
@@ -293,7 +294,7 @@ class GPTConfig:
     mlp: MLPConfig = MLPConfig()
     layers: tuple[LayerConfig, ...] = (LayerConfig(),)
     unroll: int = 1
-    remat: Literal["none", "block"] = "none"
+    remat: Literal["none", "block", "dots"] = "none"
 
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "unroll"):
@@ -308,7 +309,7 @@ class GPTConfig:
         _check_choice(self, "head", ("tied", "untied"))
         _check_choice(self, "embedding_scale", ("one", "sqrt_n_embd"))
         _check_choice(self, "residual", RESIDUALS)
-        _check_choice(self, "remat", ("none", "block"))
+        _check_choice(self, "remat", ("none", "block", "dots"))
         _check_positive(self, "logit_softcap")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"GPTConfig: dropout must be in [0, 1), got {self.dropout}")

@@ -19,7 +19,7 @@ from eqx_gpt.cache import KVCache
 from eqx_gpt.config import GPTConfig
 from eqx_gpt.layers.attention import positions_in
 from eqx_gpt.layers.block import Block
-from eqx_gpt.layers.linear import Embedding, Linear
+from eqx_gpt.layers.linear import RESULT, Embedding, Linear
 from eqx_gpt.layers.norm import Norm
 from eqx_gpt.ops.cross_entropy import head_logits
 from eqx_gpt.ops.dropout import dropout
@@ -27,6 +27,11 @@ from eqx_gpt.ops.int8 import Int8
 from eqx_gpt.shapes import Hidden, Logits, PRNGKey, Tokens, TokensLike
 from eqx_gpt.tap import NO_TAP, Taps
 from eqx_gpt.tree import named_arrays, with_arrays
+
+_KEPT = {
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(RESULT),
+}
 
 
 class GPT(eqx.Module):
@@ -230,8 +235,8 @@ class GPT(eqx.Module):
             x, kept = carry
             for kind in kinds:
                 run: Callable[..., tuple[Hidden, dict]] = partial(run_block, kind)
-                if self.config.remat == "block":
-                    run = jax.checkpoint(run, prevent_cse=False)
+                if self.config.remat != "none":
+                    run = jax.checkpoint(run, prevent_cse=False, policy=_KEPT[self.config.remat])
                 of_layer = jax.tree.map(operator.itemgetter(kind), of_layers)
                 x, seen = run(x, of_layer)
                 if taps is not None:

@@ -4,8 +4,9 @@ Orbax is imported by what uses it: a new run need not wait for it before its fir
 
 A run's `checkpoints/<step>/` holds three items: `model` and `optimizer`, flat mappings from the
 dotted names of `eqx_gpt.tree.named_arrays` to arrays, and `progress`, JSON. `best/<step>/` holds
-`model` alone. Of a run with frozen parts these hold what learns, and `base/0/model`, written once,
-the rest.
+`model` alone. A run that averages its weights has their average as a fourth item, `average`, and
+as the `model` of `best`. Of a run with frozen parts these hold what learns, and `base/0/model`,
+written once, the rest.
 """
 
 import shutil
@@ -54,6 +55,7 @@ class Checkpoints:
             model=_saving(state.params),
             optimizer=_saving(state.opt_state),
             progress=ocp.args.JsonSave(progress),
+            **({} if state.average is None else {"average": _saving(state.average)}),
         )
         _replace(self._states, step, items)
 
@@ -85,10 +87,12 @@ class Checkpoints:
             self._best = _manager(self._best_directory, keep=1)
             for later in [s for s in self._best.all_steps() if s > (step or 0)]:
                 self._best.delete(later)
+        average = skeleton.average
         items = ocp.args.Composite(
             model=_restoring(skeleton.params),
             optimizer=_restoring(skeleton.opt_state),
             progress=ocp.args.JsonRestore(),
+            **({} if average is None else {"average": _restoring(average)}),
         )
         saved, frozen = self._states.restore(step, args=items), skeleton.frozen
         if named_arrays(frozen):
@@ -100,6 +104,7 @@ class Checkpoints:
             frozen,
             with_arrays(skeleton.opt_state, saved["optimizer"]),
             jnp.asarray(step, jnp.int32),
+            None if average is None else with_arrays(average, saved["average"]),
         )
         return state, saved["progress"]
 

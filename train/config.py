@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
 
 from eqx_gpt.config import (
     AttentionConfig,
@@ -13,10 +13,21 @@ from eqx_gpt.config import (
     LoRAConfig,
     MLPConfig,
     NormConfig,
+    PositionConfig,
     did_you_mean,
 )
 
 Precision = Literal["auto", "float32", "bfloat16"]
+OptimizerName = Literal["adamw", "muon", "lion", "adafactor"]
+Schedule = Literal["cosine", "linear", "wsd", "constant"]
+StateDtype = Literal["float32", "bfloat16"]
+Position = Literal["learned", "rope", "none"]
+NormName = Literal["layernorm", "rmsnorm"]
+MLPName = Literal["plain", "gated"]
+Activation = Literal["gelu", "gelu_tanh", "relu", "relu2", "silu"]
+QKNorm = Literal["none", "head", "all_heads"]
+Head = Literal["tied", "untied"]
+Remat = Literal["none", "block", "dots"]
 
 
 @dataclass(frozen=True)
@@ -59,13 +70,55 @@ class TrainConfig:
     vocab_size: int | None = None
     """Rows of the embedding. None: the tokenizer's, and from 4096 on the next multiple of 64
     (50304 for GPT-2's 50257)."""
+    position: Position = "learned"
+    """How positions enter: a learned table, rotations of queries and keys (rope), not at all."""
+    rope_theta: float | None = None
+    """Base of rope's wavelengths. None: 10000."""
+    norm: NormName = "layernorm"
+    """What normalises the residual stream."""
+    activation: Activation = "gelu_tanh"
+    """Of the mlp; relu2 is relu squared."""
+    mlp: MLPName = "plain"
+    """plain: down(act(up(x))); gated: down(act(gate(x)) * up(x))."""
+    n_inner: int | None = None
+    """Hidden width of the mlp. None: 4 * n_embd."""
+    n_kv_head: int | None = None
+    """Heads of keys and values, a divisor of n_head. None: n_head."""
+    qk_norm: QKNorm = "none"
+    """Normalise queries and keys: each head by itself, or all heads together."""
+    head: Head = "tied"
+    """tied: the output shares the token embedding; untied: it learns its own."""
+    logit_softcap: float | None = None
+    """Logits become softcap * tanh(logits / softcap). None: they stay."""
+    zero_init: bool = False
+    """Start with zero in the projections that write to the residual stream."""
 
+    optimizer: OptimizerName = "adamw"
+    """muon: Muon for the matrices of the blocks, AdamW for the rest."""
     learning_rate: float = 6e-4
     """The highest learning rate."""
+    muon_learning_rate: float = 0.02
+    """Muon's highest learning rate; it follows the schedule of learning_rate."""
+    muon_beta: float = 0.95
+    """Muon's momentum."""
+    lr_scale: str = ""
+    """Learning rates of some arrays, as parts of it: pattern=factor, apart by commas, over names
+    such as wte.weight and blocks.mlp.up.weight; the last that fits counts."""
     max_iters: int = 600_000
     """Optimizer steps in all."""
     weight_decay: float = 0.1
-    """AdamW's, of matrices, adapters and embeddings alone."""
+    """Decoupled, of matrices, adapters and embeddings alone."""
+    decay_scale: str = ""
+    """Weight decay of some arrays, as parts of it, written as lr_scale."""
+    moment_dtype: StateDtype = "float32"
+    """What the optimizer keeps its averages of gradients in; bfloat16 takes half the memory."""
+    z_loss: float = 0.0
+    """Weight of the mean squared log of the softmax's denominator, added to the loss trained on."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread evenly over all tokens, in the loss trained on."""
+    ema_decay: float = 0.0
+    """Of an exponential average of the weights, which is then evaluated, sampled and loaded in
+    their place. 0: none."""
     lora_rank: int = 0
     """Rank of the low-rank adapters (LoRA) that alone are trained, on frozen weights. 0: none, the
     weights are trained."""
@@ -78,13 +131,18 @@ class TrainConfig:
     """Arrays to leave as they are: patterns, apart by commas, over names such as wte.weight and
     blocks.mlp.up.weight. Empty: none."""
     beta1: float = 0.9
-    """AdamW's decay of the first moment."""
+    """Decay of the first moment."""
     beta2: float = 0.95
-    """AdamW's decay of the second moment."""
+    """Decay of the second moment."""
     grad_clip: float = 1.0
     """Largest global norm of the gradient; 0 is no limit."""
     decay_lr: bool = True
-    """Warm-up, then cosine decay; otherwise the learning rate is constant."""
+    """Warm-up, then decay as lr_schedule says; otherwise the learning rate is constant."""
+    lr_schedule: Schedule = "cosine"
+    """After the warm-up: down by a cosine, by a line, constant until the last wsd_decay and then
+    by a line (wsd: warm-up, stable, decay), or constant."""
+    wsd_decay: float = 0.2
+    """Share of lr_decay_iters that wsd's decay takes."""
     warmup_iters: int = 2000
     """Steps of linear warm-up."""
     lr_decay_iters: int = 600_000
@@ -98,6 +156,9 @@ class TrainConfig:
     """Batches of batch_size in an evaluation of each split, the same ones every time."""
     eval_only: bool = False
     """Evaluate once and stop."""
+    target_val_loss: float | None = None
+    """Stop once the loss over the whole validation split is at most this. Evaluations are then of
+    that split, whole, and of no other."""
     log_interval: int = 1
     """Steps between lines of metrics."""
     sample_interval: int = 0
@@ -112,6 +173,9 @@ class TrainConfig:
     precision: Precision = "auto"
     """What the model computes in; parameters and optimizer are float32. auto: bfloat16 on an
     accelerator, float32 on a CPU."""
+    remat: Remat = "none"
+    """Activations to make again in the backward pass instead of keeping them: none; all within a
+    block; all but the results of its matrix products (dots)."""
     wandb_log: bool = False
     """Log to Weights & Biases as well: pip install 'eqx-gpt[wandb]'."""
     wandb_project: str = "eqx_gpt"
@@ -126,17 +190,25 @@ class TrainConfig:
             "batch_size", "gradient_accumulation_steps", "block_size", "n_layer", "n_head",
             "n_embd", "max_iters", "eval_interval", "eval_iters", "log_interval", "lr_decay_iters",
         )  # fmt: skip
-        for name in (*positive, "micro_batch_size", "vocab_size", "checkpoint_interval"):
+        for name in (*positive, "micro_batch_size", "vocab_size", "checkpoint_interval", "n_inner",
+                     "n_kv_head"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         for name in ("lora_rank", "warmup_iters", "sample_interval", "seed", "weight_decay",
-                     "grad_clip", "learning_rate", "min_lr", "checkpoint_minutes"):  # fmt: skip
+                     "grad_clip", "learning_rate", "min_lr", "checkpoint_minutes",
+                     "muon_learning_rate", "z_loss"):  # fmt: skip
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be 0 or above, got {getattr(self, name)}")
         if not 0 < self.lora_alpha < float("inf"):
             raise ValueError(f"lora_alpha must be above 0, got {self.lora_alpha}")
-        for name in ("beta1", "beta2", "dropout"):
+        for name in ("rope_theta", "logit_softcap", "target_val_loss"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be above 0, got {value}")
+        if not 0 < self.wsd_decay <= 1:
+            raise ValueError(f"wsd_decay must be in (0, 1], got {self.wsd_decay}")
+        for name in ("beta1", "beta2", "dropout", "muon_beta", "label_smoothing", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 
@@ -156,7 +228,20 @@ class TrainConfig:
                 f"lr_decay_iters={self.lr_decay_iters}; for a run of max_iters={self.max_iters} "
                 "set all three, or --decay_lr False"
             )
-
+        if not self.decay_lr and self.lr_schedule != "cosine":
+            raise ValueError(
+                f"lr_schedule={self.lr_schedule!r} says nothing with decay_lr=False, which is a "
+                "constant learning rate; leave one of them out"
+            )
+        if self.optimizer == "muon" and self.learning_rate == 0:
+            raise ValueError(
+                "learning_rate=0 gives muon no schedule; freeze what shall not learn with --freeze"
+            )
+        if self.moment_dtype == "bfloat16" and self.optimizer == "adamw" and self.beta2 > 0.99:
+            raise ValueError(
+                f"beta2={self.beta2} adds less to the second moment than moment_dtype='bfloat16' "
+                "can hold; give --beta2 0.99 or less, or keep the moments in float32"
+            )
         if self.lora_rank and self.freeze:
             raise ValueError(
                 f"freeze={self.freeze!r} says nothing with lora_rank={self.lora_rank}: all but the "
@@ -181,6 +266,28 @@ class TrainConfig:
         return self.batch_size * self.gradient_accumulation_steps
 
 
+def architecture(model: GPTConfig) -> dict[str, Any]:
+    """The fields of `TrainConfig` that say this model, as far as they can."""
+    return {
+        "n_layer": model.n_layer,
+        "n_head": model.n_head,
+        "n_embd": model.n_embd,
+        "bias": model.mlp.bias,
+        "vocab_size": model.vocab_size,
+        "position": model.position.kind,
+        "rope_theta": model.position.rope_theta if model.position.kind == "rope" else None,
+        "norm": model.norm.kind,
+        "activation": model.mlp.activation,
+        "mlp": model.mlp.kind,
+        "n_inner": model.mlp.n_inner,
+        "n_kv_head": model.attention.n_kv_head,
+        "qk_norm": model.attention.qk_norm,
+        "head": model.head,
+        "logit_softcap": model.logit_softcap,
+        "zero_init": False,
+    }
+
+
 def model_config(config: TrainConfig, n_token: int) -> GPTConfig:
     """The model of a run from scratch, for a tokenizer of `n_token` tokens."""
     padded = n_token if n_token < 4096 else -(-n_token // 64) * 64
@@ -198,9 +305,18 @@ def model_config(config: TrainConfig, n_token: int) -> GPTConfig:
         n_head=config.n_head,
         n_embd=config.n_embd,
         dropout=config.dropout,
-        norm=NormConfig(bias=config.bias),
-        attention=AttentionConfig(qkv_bias=config.bias, out_bias=config.bias),
-        mlp=MLPConfig(bias=config.bias),
+        head=config.head,
+        logit_softcap=config.logit_softcap,
+        norm=NormConfig(config.norm, bias=config.bias and config.norm == "layernorm"),
+        position=PositionConfig(
+            config.position,
+            rope_theta=10_000.0 if config.rope_theta is None else config.rope_theta,
+        ),
+        attention=AttentionConfig(
+            config.n_kv_head, qkv_bias=config.bias, out_bias=config.bias, qk_norm=config.qk_norm
+        ),
+        mlp=MLPConfig(config.mlp, config.activation, config.n_inner, bias=config.bias),
+        remat=config.remat,
     )
 
 
@@ -239,7 +355,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
 def _typed(annotation: Any, value: Any, name: str) -> Any:
     """A JSON value as the annotated type; whole numbers pass for floats."""
     args = getattr(annotation, "__args__", (annotation,))
-    if annotation is Precision:
+    if get_origin(annotation) is Literal:
         if value in args:
             return value
         raise ValueError(f"{name} must be one of {', '.join(map(repr, args))}, got {value!r}")

@@ -30,10 +30,11 @@ from train.header import header
 from train.interrupt import Interrupted, Interruption
 from train.manifest import SPLITS, Manifest
 from train.metrics import MetricsFile, extra_loggers, flops_per_token, peak_flops
-from train.optimizer import learning_rate, make_optimizer
+from train.optimizer import make_optimizer
 from train.packing import Packed, micro_batches, windows_of
 from train.plot import plot_losses
 from train.run import RunError, check_startable, has_checkpoint, resumed_model, write_run
+from train.schedules import learning_rate
 from train.start import computing, new_state, skeleton, started_model
 from train.step import (
     Gradients,
@@ -44,6 +45,7 @@ from train.step import (
     apply_gradients,
     train_step,
 )
+from train.target import seconds_since_start, whole_val_loss
 
 PLOT_EVERY_S = 60.0  # drawing takes a second, and a short run gets its plot at the end
 
@@ -142,7 +144,10 @@ class Trainer:
         self.peak_flops = peak_flops(self.execution.dtype)
 
         key_model, key_steps = jax.random.split(jax.random.key(config.seed))
-        self.recipe = Recipe(make_optimizer(config), self.execution.dtype, key_steps)
+        self.recipe = Recipe(
+            make_optimizer(config), self.execution.dtype, key_steps,
+            config.z_loss, config.label_smoothing, config.ema_decay,
+        )  # fmt: skip
         self.learning_rate = jax.jit(learning_rate(config))
         self.checkpoints = Checkpoints(self.directory)
         if self.checkpoints.latest_step() is None:
@@ -172,6 +177,7 @@ class Trainer:
         self.loggers = [self.metrics.write, *extra_loggers(config, n_params)]
         if config.eval_only and self.steps_done:
             self.loggers = []  # a look at a run is no part of it
+        self.reached = False
         self.saved_at = self.plotted_at = time.monotonic()
         self.started_at = self.saved_at - self.progress.elapsed_s
         self.display.header(
@@ -237,6 +243,8 @@ class Trainer:
                     self._log_step(step, metrics, clock.tokens_per_s(self.steps_done))
                 with clock.paused():
                     self._between_steps(signals)
+                if self.reached:
+                    return
 
     def _windows_of(self, step: int) -> Array | Packed:
         """Of a step, with the axes accum, micro, seq_plus_1."""
@@ -282,6 +290,9 @@ class Trainer:
 
     def _evaluate(self, signals: Interruption) -> None:
         config, step = self.config, self.steps_done
+        if config.target_val_loss is not None and not config.eval_only:
+            self._evaluate_whole(signals, config.target_val_loss)
+            return
         losses = {}
         for split, windows in self.eval_windows.items():
 
@@ -290,7 +301,7 @@ class Trainer:
                 self.display.working(step, f"evaluating on {split}, batch {done}/{total}")
 
             losses[split] = sampled_loss(
-                self.state.model,
+                self.state.best_model,
                 windows,
                 batch_size=config.batch_size,
                 n_batch=config.eval_iters,
@@ -298,31 +309,56 @@ class Trainer:
                 dtype=self.execution.dtype,
                 progress=report,
             )
-        best = self.progress.best_val_loss
-        improved = best is None or math.isnan(best) or losses["val"] < best
-        self.progress = dataclasses.replace(
-            self.progress,
-            evaluated_at=step,
-            val_loss=losses["val"],
-            best_val_loss=losses["val"] if improved else best,
-        )
-        mark = "" if best is None or not improved else ", the best so far"
+        mark = self._keep_if_best(losses["val"])
         self.display.line(
             f"eval {step}/{config.max_iters} val loss {losses['val']:.4f}, "
             f"train loss {losses['train']:.4f}{mark}"
         )
         self._log({"iter": step, "val_loss": losses["val"], "eval_train_loss": losses["train"]})
-        if improved and not config.always_save_checkpoint and not config.eval_only:
-            self.checkpoints.save_best(self.state.params, step)
         if time.monotonic() - self.plotted_at > PLOT_EVERY_S:
             plot_losses(self.directory)
             self.plotted_at = time.monotonic()
+
+    def _evaluate_whole(self, signals: Interruption, target: float) -> None:
+        """Of a run with a target: every token of the validation split."""
+        step = self.steps_done
+
+        def report(done: int, total: int) -> None:
+            signals.check()
+            self.display.working(step, f"evaluating on val, {done}/{total}")
+
+        loss = whole_val_loss(
+            self.state.best_model, self.data, self.config.block_size, self.execution.dtype, report
+        )
+        mark, seconds = self._keep_if_best(loss), seconds_since_start()
+        self.display.line(f"eval {step}/{self.config.max_iters} whole val loss {loss:.4f}{mark}")
+        self._log({"iter": step, "val_loss": loss, "val_split": "whole", "process_s": seconds})
+        self.reached = loss <= target
+        if self.reached:
+            self.display.line(
+                f"target_val_loss={target} reached: {loss:.4f} over the whole validation split "
+                f"after {step} steps, {seconds:.1f} s from the start of the process"
+            )
+
+    def _keep_if_best(self, val_loss: float) -> str:
+        """Note an evaluation; what to say of it."""
+        config, best = self.config, self.progress.best_val_loss
+        improved = best is None or math.isnan(best) or val_loss < best
+        self.progress = dataclasses.replace(
+            self.progress,
+            evaluated_at=self.steps_done,
+            val_loss=val_loss,
+            best_val_loss=val_loss if improved else best,
+        )
+        if improved and not config.always_save_checkpoint and not config.eval_only:
+            self.checkpoints.save_best(self.state.best_params, self.steps_done)
+        return "" if best is None or not improved else ", the best so far"
 
     def _show_sample(self) -> None:
         prompt = jnp.asarray(self.data.tokens("val")[:1], jnp.int32)
         key = jax.random.key(self.steps_done)
         tokenizer = self.data.tokenizer()
-        model = cast(self.state.model, self.execution.dtype)  # which the frozen parts have
+        model = cast(self.state.best_model, self.execution.dtype)  # which the frozen parts have
         model = with_tokens_of(model, tokenizer)
         tokens = generate(model, prompt, 200, key=key, temperature=0.8, top_k=200)
         text = tokenizer.decode(tokens.tolist())

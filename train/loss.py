@@ -17,16 +17,21 @@ def next_token_loss(
     *,
     dtype: DTypeLike = jnp.float32,
     key: PRNGKey | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> Scalar:
     """Mean cross-entropy, in nats a token, of each token of a window given those before it.
 
     The model computes in `dtype` with a copy of its weights; gradients reach the weights
     themselves. `key` None means no dropout. Of packed documents each is read as if it were alone,
-    and a token counts as much as its weight says.
+    and a token counts as much as its weight says. For `z_loss` and `label_smoothing` see
+    `cross_entropy`.
     """
     computing = model if jnp.dtype(dtype) == jnp.float32 else cast(model, dtype)
     packed = windows if isinstance(windows, Packed) else Packed(windows)
     hidden, _ = computing.hidden(packed.tokens[..., :-1], key=key, starts=packed.starts)
     targets, softcap = packed.tokens[..., 1:], model.config.logit_softcap
     weight, bias = computing.head_weight, computing.head_bias
-    return cross_entropy(hidden, weight, targets, bias, softcap, packed.weights)
+    return cross_entropy(
+        hidden, weight, targets, bias, softcap, packed.weights, z_loss, label_smoothing
+    )

@@ -1,12 +1,24 @@
-"""What learns and how: frozen parts, AdamW with clipping and nanoGPT's schedule, from optax."""
+"""What learns and how: frozen parts, and the update rules a config can name, from optax.
+
+Every rule is one stage of the same chain: clipping, the rule, decoupled weight decay, the
+learning rate. The last two know each array's name.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
 from eqx_gpt import lora
 from eqx_gpt.tree import map_with_roles, matching, name_of, named_arrays
-from train.config import TrainConfig
+from train.config import OptimizerName, TrainConfig
+from train.muon import scale_by_muon
+from train.schedules import learning_rate
+
+MUON_DTYPE = jnp.bfloat16  # of Newton-Schulz' products
 
 
 def trainable(config: TrainConfig, model: PyTree) -> PyTree:
@@ -26,37 +38,22 @@ def trainable(config: TrainConfig, model: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(lambda path, _: name_of(path) not in frozen, model)
 
 
-def learning_rate(config: TrainConfig) -> optax.Schedule:
-    """Step (from 0) -> learning rate: linear warm-up, cosine decay to `min_lr`, then constant."""
-    if not config.decay_lr:
-        return optax.constant_schedule(config.learning_rate)
-    # The first step already has 1 / (warmup_iters + 1) of the rate: at 0 it would be lost.
-    return optax.warmup_cosine_decay_schedule(
-        init_value=config.learning_rate / (config.warmup_iters + 1),
-        peak_value=config.learning_rate,
-        warmup_steps=config.warmup_iters,
-        decay_steps=config.lr_decay_iters,
-        end_value=config.min_lr,
-    )
-
-
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW (arXiv:1711.05101); all decays but biases and norms."""
+    """Gradients -> what to add to the parameters; see `RULES`.
 
-    def decays(model: PyTree) -> PyTree:
-        return map_with_roles(lambda role, _: role in ("weight", "lora", "embedding"), model)
+    All decays but biases and norms, as AdamW's (arXiv:1711.05101), by the learning rate times
+    `weight_decay`; `decay_scale` and `lr_scale` change that by name.
 
-    adamw = optax.adamw(
-        learning_rate(config),
-        b1=config.beta1,
-        b2=config.beta2,
-        weight_decay=config.weight_decay,
-        mask=decays,
-    )
+    **Raises:** ValueError, at `init`, if a pattern of those fits nothing.
+    """
     clip = (
         optax.identity() if config.grad_clip == 0 else optax.clip_by_global_norm(config.grad_clip)
     )
-    optimizer = optax.chain(clip, adamw)
+    rule = RULES[config.optimizer](config)
+    if config.moment_dtype == "bfloat16":
+        rule = kept_in(rule, jnp.bfloat16)
+    schedule = optax.scale_by_learning_rate(learning_rate(config))
+    optimizer = optax.chain(clip, optax.chain(rule, _decay(config), schedule, _by_name(config)))
 
     def update(
         updates: PyTree, state: optax.OptState, params: PyTree | None = None
@@ -66,3 +63,153 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
             return optimizer.update(updates, state, params)
 
     return optax.GradientTransformation(optimizer.init, update)
+
+
+def _adam(config: TrainConfig) -> optax.GradientTransformation:
+    return optax.scale_by_adam(config.beta1, config.beta2)
+
+
+def _muon(config: TrainConfig) -> optax.GradientTransformation:
+    """Muon for the matrices of the blocks, Adam for embeddings, head and vectors."""
+
+    def rules(params: PyTree) -> PyTree:
+        in_blocks = jax.tree_util.tree_map_with_path(
+            lambda path, _: name_of(path).startswith("blocks."), params
+        )
+        return jax.tree.map(
+            lambda role, inside: "muon" if inside and role == "weight" else "adam",
+            map_with_roles(lambda role, _: role, params),
+            in_blocks,
+        )
+
+    # Both follow one schedule, the learning rate's; Muon has a peak of its own.
+    ratio = config.muon_learning_rate / config.learning_rate
+    muon = optax.chain(scale_by_muon(config.muon_beta, dtype=MUON_DTYPE), optax.scale(ratio))
+    return optax.partition({"muon": muon, "adam": _adam(config)}, rules)
+
+
+def _lion(config: TrainConfig) -> optax.GradientTransformation:
+    return optax.scale_by_lion(config.beta1, config.beta2)
+
+
+def _adafactor(config: TrainConfig) -> optax.GradientTransformation:
+    """Without momentum, relative steps or scaling by the parameters' size."""
+    rule = optax.chain(
+        optax.scale_by_factored_rms(min_dim_size_to_factor=2), optax.clip_by_block_rms(1.0)
+    )
+
+    def places(params: PyTree) -> PyTree:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "blocks" if name_of(path).startswith("blocks.") else "rest", params
+        )
+
+    return optax.partition({"blocks": of_each_layer(rule), "rest": rule}, places)
+
+
+# Name -> rule, from arXiv:1412.6980 (Adam), "Muon" (train/muon.py), arXiv:2302.06675 (Lion),
+# arXiv:1804.04235 (Adafactor).
+RULES: dict[OptimizerName, Callable[[TrainConfig], optax.GradientTransformation]] = {
+    "adamw": _adam,
+    "muon": _muon,
+    "lion": _lion,
+    "adafactor": _adafactor,
+}
+
+
+def of_each_layer(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """A rule that looks at an array as a whole, applied to each layer of stacked ones."""
+
+    def update(
+        updates: PyTree, state: optax.OptState, params: PyTree | None = None
+    ) -> tuple[PyTree, optax.OptState]:
+        return jax.vmap(rule.update)(updates, state, params)
+
+    return optax.GradientTransformation(jax.vmap(rule.init), update)
+
+
+def kept_in(
+    rule: optax.GradientTransformation, dtype: jax.typing.DTypeLike
+) -> optax.GradientTransformation:
+    """A rule whose state is kept in `dtype` between steps, and computed with in float32."""
+
+    def cast(state: PyTree, to: jax.typing.DTypeLike) -> PyTree:
+        is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
+        return jax.tree.map(lambda x: x.astype(to) if is_float(x) else x, state)
+
+    def update(
+        updates: PyTree, state: optax.OptState, params: PyTree | None = None
+    ) -> tuple[PyTree, optax.OptState]:
+        updates, state = rule.update(updates, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(rule.init(params), dtype), update)
+
+
+def factors(names: list[str], scales: str, field: str) -> Mapping[str, float]:
+    """Name -> factor, of those that `pattern=factor,pattern=factor` names; the last that fits wins.
+
+    ValueError, naming `field`, for what cannot be read or fits nothing.
+    """
+    found = {}
+    for part in scales.split(","):
+        pattern, equals, factor = (piece.strip() for piece in part.rpartition("="))
+        try:
+            value = float(factor) if equals else -1.0
+        except ValueError:
+            value = -1.0
+        if not 0 <= value < float("inf"):
+            raise ValueError(
+                f"{field}: expected pattern=factor, a factor of 0 or above, got {part.strip()!r}"
+            )
+        try:
+            found |= dict.fromkeys(matching(names, pattern), value)
+        except ValueError as error:
+            raise ValueError(f"{field}: {error}") from None
+    return found
+
+
+def _decay(config: TrainConfig) -> optax.GradientTransformation:
+    def factor(role: str) -> float:
+        return float(role in ("weight", "lora", "embedding"))
+
+    def decayed(updates: PyTree, params: PyTree) -> PyTree:
+        by_role = map_with_roles(lambda role, _: factor(role), params)
+        scales = _scales(params, config.decay_scale, "decay_scale", by_role)
+        return jax.tree.map(
+            lambda u, p, scale: u + config.weight_decay * scale * p if scale else u,
+            updates,
+            params,
+            scales,
+        )
+
+    return _stateless(config.decay_scale, "decay_scale", decayed)
+
+
+def _by_name(config: TrainConfig) -> optax.GradientTransformation:
+    def scaled(updates: PyTree, params: PyTree) -> PyTree:
+        ones = jax.tree.map(lambda _: 1.0, params)
+        scales = _scales(params, config.lr_scale, "lr_scale", ones)
+        return jax.tree.map(lambda u, scale: u if scale == 1 else scale * u, updates, scales)
+
+    return _stateless(config.lr_scale, "lr_scale", scaled)
+
+
+def _scales(params: PyTree, scales: str, field: str, otherwise: PyTree) -> PyTree:
+    named = factors(list(named_arrays(params)), scales, field) if scales else {}
+    return jax.tree_util.tree_map_with_path(
+        lambda path, factor: named.get(name_of(path), factor), otherwise
+    )
+
+
+def _stateless(
+    scales: str, field: str, fn: Callable[[PyTree, PyTree], PyTree]
+) -> optax.GradientTransformation:
+    def init(params: PyTree) -> optax.EmptyState:
+        if scales:
+            factors(list(named_arrays(params)), scales, field)
+        return optax.EmptyState()
+
+    def update(updates: PyTree, state: optax.OptState, params: Any = None) -> tuple[PyTree, Any]:
+        return fn(updates, params), state
+
+    return optax.GradientTransformation(init, update)

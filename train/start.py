@@ -4,6 +4,7 @@ import dataclasses
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from eqx_gpt import lora
@@ -11,7 +12,7 @@ from eqx_gpt.config import GPTConfig
 from eqx_gpt.gpt import GPT
 from eqx_gpt.shapes import PRNGKey
 from eqx_gpt.tree import cast
-from train.config import TrainConfig, model_config
+from train.config import TrainConfig, architecture, model_config
 from train.manifest import Manifest
 from train.optimizer import make_optimizer, trainable
 from train.step import TrainState
@@ -24,13 +25,7 @@ def started_model(
     if pretrained is None:
         return config, model_config(config, data.vocab_size)
     model_cfg = pretrained.config
-    shape = {
-        "n_layer": model_cfg.n_layer,
-        "n_head": model_cfg.n_head,
-        "n_embd": model_cfg.n_embd,
-        "bias": model_cfg.mlp.bias,
-        "vocab_size": model_cfg.vocab_size,
-    }
+    shape = architecture(model_cfg)
     for name, value in shape.items():
         asked = getattr(config, name)
         if asked not in (value, getattr(TrainConfig(), name)):
@@ -51,7 +46,9 @@ def started_model(
     # Rotary models lose nothing by a longer block_size than they are trained on.
     crops = model_cfg.position.kind == "learned"
     block_size = config.block_size if crops else model_cfg.block_size
-    model_cfg = dataclasses.replace(model_cfg, dropout=config.dropout, block_size=block_size)
+    model_cfg = dataclasses.replace(
+        model_cfg, dropout=config.dropout, block_size=block_size, remat=config.remat
+    )
     return config, model_cfg
 
 
@@ -61,11 +58,28 @@ def new_state(
 ) -> TrainState:
     if pretrained is None:
         model = GPT.init(model_cfg, key=key)
+        if config.zero_init:
+            model = with_silent_blocks(model)
     else:
         model = pretrained.crop_block_size(model_cfg.block_size).with_config(model_cfg)
     if config.lora is not None:
         model = lora.init(model, config.lora, key=jax.random.fold_in(key, 1))
-    return TrainState.init(model, make_optimizer(config), trainable(config, model))
+    return TrainState.init(
+        model,
+        make_optimizer(config),
+        trainable(config, model),
+        averaged=config.ema_decay > 0,
+    )
+
+
+def with_silent_blocks(model: GPT) -> GPT:
+    """With zero in what the blocks write to the residual stream through, as at the start of Fixup
+    (arXiv:1901.09321): each block then begins as the identity."""
+    return eqx.tree_at(
+        lambda model: (model.blocks.attention.out.weight, model.blocks.mlp.down.weight),
+        model,
+        replace_fn=jnp.zeros_like,
+    )
 
 
 def computing(state: TrainState, dtype: DTypeLike) -> TrainState:

@@ -28,26 +28,42 @@ class TrainState(eqx.Module):
     """What a step changes and a checkpoint holds, and beside it the parts that stay as they are.
 
     `params` and `frozen` are the model, each with None for the leaves of the other: gradients and
-    the optimizer's moments are those of `params` alone. `step` counts the steps done.
+    the optimizer's moments are those of `params` alone. `step` counts the steps done. `average`,
+    if the run keeps one, is an exponential average of `params`.
     """
 
     params: GPT
     frozen: GPT
     opt_state: PyTree
     step: Int[Array, ""]
+    average: GPT | None = None
 
     @staticmethod
     def init(
-        model: GPT, optimizer: optax.GradientTransformation, trainable: PyTree = True
+        model: GPT,
+        optimizer: optax.GradientTransformation,
+        trainable: PyTree = True,
+        *,
+        averaged: bool = False,
     ) -> "TrainState":
         """`trainable` is True for the leaves that learn, as `eqx.partition` takes it."""
         params, frozen = eqx.partition(model, trainable)
         opt_state = optimizer.init(params)
-        return TrainState(params, frozen, opt_state, jnp.zeros((), jnp.int32))
+        average = jax.tree.map(jnp.copy, params) if averaged else None
+        return TrainState(params, frozen, opt_state, jnp.zeros((), jnp.int32), average)
 
     @property
     def model(self) -> GPT:
         return eqx.combine(self.params, self.frozen)
+
+    @property
+    def best_params(self) -> GPT:
+        """What is evaluated and given away of the parts that learn: their average, if kept."""
+        return self.params if self.average is None else self.average
+
+    @property
+    def best_model(self) -> GPT:
+        return eqx.combine(self.best_params, self.frozen)
 
 
 class Gradients(eqx.Module):
@@ -74,11 +90,15 @@ class StepMetrics(eqx.Module):
 
 
 class Recipe(eqx.Module):
-    """What stays fixed over a run: the update rule, the dtype of the products, the randomness."""
+    """What stays fixed over a run: the update rule, the dtype of the products, the randomness,
+    what the loss trained on adds to the cross-entropy, the weights' average."""
 
     optimizer: optax.GradientTransformation = eqx.field(static=True)
     dtype: DTypeLike = eqx.field(static=True)
     key: PRNGKey
+    z_loss: float = eqx.field(static=True, default=0.0)
+    label_smoothing: float = eqx.field(static=True, default=0.0)
+    ema_decay: float = eqx.field(static=True, default=0.0)
 
 
 def check_windows(windows: Array | Packed, config: GPTConfig, rank: int) -> None:
@@ -165,7 +185,14 @@ def _gradients(
 
     def loss_of(params: GPT) -> Scalar:
         model = eqx.combine(params, state.frozen)
-        return next_token_loss(model, windows, dtype=recipe.dtype, key=key)
+        return next_token_loss(
+            model,
+            windows,
+            dtype=recipe.dtype,
+            key=key,
+            z_loss=recipe.z_loss,
+            label_smoothing=recipe.label_smoothing,
+        )
 
     loss, grads = eqx.filter_value_and_grad(loss_of)(state.params)
     return Gradients(loss, grads, jnp.ones((), jnp.int32))
@@ -180,4 +207,13 @@ def _apply(
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, params)
     params = eqx.apply_updates(state.params, updates)
     metrics = StepMetrics(gradients.loss / count, optax.tree.norm(grads))
-    return TrainState(params, state.frozen, opt_state, state.step + 1), metrics
+    average = _averaged(recipe.ema_decay, state, params)
+    return TrainState(params, state.frozen, opt_state, state.step + 1, average), metrics
+
+
+def _averaged(decay: float, state: TrainState, params: GPT) -> GPT | None:
+    """Of the weights after each step; the first ones count in full."""
+    if state.average is None:
+        return None
+    kept = jnp.where(state.step == 0, 0.0, decay)
+    return jax.tree.map(lambda a, p: kept * a + (1 - kept) * p, state.average, params)

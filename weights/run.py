@@ -4,6 +4,7 @@ run.json                      {"format_version": 1, "model": GPTConfig.to_dict()
                               the fields of LoRAConfig, ...}
 tokenizer_spec.json           the spec of its tokenizer
 checkpoints/<step>/model/     an Orbax item: dotted name -> array (`eqx_gpt.tree.named_arrays`)
+checkpoints/<step>/average/   the same, where the run averages its weights
 best/<step>/model/            the same, where the run kept the best
 base/0/model/                 the same, of frozen parts: no other checkpoint has them
 """
@@ -47,7 +48,8 @@ def _read(run_dir: Path, part: Callable[[dict[str, Any]], T]) -> T:
 
 
 def run_checkpoint(run_dir: Path) -> Path:
-    """The Orbax item of the model to take: of the best checkpoint if kept, or else the last.
+    """The Orbax item of the model to take: of the best checkpoint if kept, or else the last; there
+    the average of the weights if the run keeps one.
 
     WeightsError if there is none yet.
     """
@@ -55,7 +57,9 @@ def run_checkpoint(run_dir: Path) -> Path:
         # Orbax writes a step under another name, and gives it its number when it is whole.
         steps = [p.parent for p in (run_dir / kept).glob("*/model") if p.parent.name.isdecimal()]
         if steps:
-            return max(steps, key=lambda step: int(step.name)) / "model"
+            last = max(steps, key=lambda step: int(step.name))
+            average = last / "average"
+            return average if average.exists() else last / "model"
     raise WeightsError(
         f"{run_dir} has no checkpoint yet; train until the first one is saved, or give another run"
     )

@@ -5,6 +5,7 @@ import math
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from eqx_gpt.ops.few_rows import FEW_ROWS, unconverted
@@ -34,6 +35,9 @@ class LowRank(eqx.Module):
         return linear(linear(x, self.a), self.b) * jnp.asarray(self.scale, x.dtype)
 
 
+RESULT = "linear"  # the name by which a checkpoint policy keeps the results of linear maps
+
+
 class Linear(eqx.Module):
     """x -> x @ weight.T + bias. Weights lie as (out, in), as in torch files.
 
@@ -52,7 +56,7 @@ class Linear(eqx.Module):
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         y = linear(x, self.weight, self.bias)
-        return y if self.lora is None else y + self.lora(x)
+        return checkpoint_name(y if self.lora is None else y + self.lora(x), RESULT)
 
 
 class Embedding(eqx.Module):

@@ -30,7 +30,7 @@ def head_logits(
     return _bent(linear(hidden, weight, bias, jnp.float32), softcap)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 6, 7))
 def cross_entropy(
     hidden: Float[Array, "*batch seq d_model"],
     weight: Float[Array, "vocab d_model"],
@@ -38,17 +38,25 @@ def cross_entropy(
     bias: Float[Array, " vocab"] | None = None,
     softcap: float | None = None,
     token_weights: Float[Array, "*batch seq"] | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> Scalar:
     """Mean of -log softmax(head_logits(...))[target] in nats a token, float32.
 
     `token_weights`, 1 if None, multiply the terms of the mean, over all tokens in any case. They
     are data: they get no gradient.
+
+    `label_smoothing` is the share of the target that all tokens have alike (arXiv:1512.00567);
+    `z_loss` times the squared logarithm of the softmax's denominator is added (arXiv:2204.02311,
+    section 5).
     """
     rows, labels, real = _chunked(hidden, weight, targets, token_weights)
 
     def add_chunk(total: Scalar, chunk: tuple[Array, Array, Array]) -> tuple[Scalar, None]:
         x, y, mask = chunk
-        return total + _sum_of_losses(head_logits(x, weight, bias, softcap), y, mask), None
+        logits = head_logits(x, weight, bias, softcap)
+        lse = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        return total + jnp.sum(_losses(logits, lse, y, z_loss, label_smoothing) * mask), None
 
     total, _ = lax.scan(add_chunk, jnp.zeros((), jnp.float32), (rows, labels, real))
     return total / targets.size
@@ -61,6 +69,8 @@ def _forward(
     bias: Array | None,
     softcap: float | None,
     token_weights: Array | None,
+    z_loss: float,
+    label_smoothing: float,
 ) -> tuple[Scalar, tuple[Array, Array, Array | None]]:
     rows, labels, real = _chunked(hidden, weight, targets, token_weights)
     weight_t = transposed(weight)
@@ -76,11 +86,15 @@ def _forward(
             logits = logits + jnp.broadcast_to(offset, logits.shape)
         logits = _bent(logits, softcap)
         lse = stored(jax.nn.logsumexp(logits, axis=-1, keepdims=True))
-        loss = lse[:, 0] - _at_labels(logits, y)
+        loss = _losses(logits, lse, y, z_loss, label_smoothing)
         # The target is subtracted before any rounding, so that a confident prediction keeps the
         # digits of its small gradient.
         one_hot = (y[:, None] == jnp.arange(weight.shape[0])[None, :]).astype(jnp.float32)
         probability = jnp.exp(logits - jnp.broadcast_to(lse, logits.shape))
+        if z_loss:
+            probability = probability * jnp.broadcast_to(1 + 2 * z_loss * lse, logits.shape)
+        if label_smoothing:
+            one_hot = (1 - label_smoothing) * one_hot + label_smoothing / weight.shape[0]
         d_logits = probability - one_hot
         d_logits = d_logits * jnp.broadcast_to((mask / targets.size)[:, None], d_logits.shape)
         if softcap is not None:
@@ -101,7 +115,11 @@ def _forward(
 
 
 def _backward(
-    softcap: float | None, residuals: tuple[Array, Array, Array | None], g: Scalar
+    softcap: float | None,
+    z_loss: float,
+    label_smoothing: float,
+    residuals: tuple[Array, Array, Array | None],
+    g: Scalar,
 ) -> tuple[Array, Array, None, Array | None, None]:
     d_hidden, d_weight, d_bias = jax.tree.map(lambda d: d * g.astype(d.dtype), residuals)
     return d_hidden, d_weight, None, d_bias, None
@@ -138,5 +156,11 @@ def _at_labels(logits: Array, labels: Array) -> Array:
     return jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
 
 
-def _sum_of_losses(logits: Array, labels: Array, mask: Array) -> Scalar:
-    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - _at_labels(logits, labels)) * mask)
+def _losses(
+    logits: Array, lse: Array, labels: Array, z_loss: float, label_smoothing: float
+) -> Float[Array, " rows"]:
+    target = _at_labels(logits, labels)
+    if label_smoothing:
+        target = (1 - label_smoothing) * target + label_smoothing * jnp.mean(logits, axis=-1)
+    loss = lse[:, 0] - target
+    return loss + z_loss * jnp.square(lse[:, 0]) if z_loss else loss

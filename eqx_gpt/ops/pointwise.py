@@ -16,12 +16,13 @@ from jaxtyping import Array, Float, Int
 from eqx_gpt.ops.matmul import product
 from eqx_gpt.ops.platform import by_platform
 
-Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
+Activation = Literal["gelu", "gelu_tanh", "relu", "relu2", "silu"]
 
 _ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "silu": jax.nn.silu,
 }
 _ONE_HOT_ROWS = 1024
@@ -30,7 +31,7 @@ _ONE_HOT_ROWS = 1024
 @partial(jax.checkpoint, static_argnums=(1,))
 def activate(x: Float[Array, "*shape"], kind: Activation) -> Float[Array, "*shape"]:
     """`kind` of each number: gelu (Hendrycks & Gimpel 2016, arXiv:1606.08415) exact or by its tanh
-    formula, relu, silu."""
+    formula, relu, relu squared (So et al. 2021, arXiv:2109.08668), silu."""
     return _ACTIVATIONS[kind](x.astype(jnp.float32)).astype(x.dtype)
 
 

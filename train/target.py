@@ -1,0 +1,42 @@
+"""A run that ends when the loss over the whole validation split is low enough."""
+
+import os
+import time
+from pathlib import Path
+
+from jax.typing import DTypeLike
+
+from eqx_gpt.gpt import GPT
+from train.evaluate import Progress, answers_loss, split_loss
+from train.manifest import Manifest
+from train.packing import PackedWindows
+
+_TOKENS = 8192  # of a batch of the evaluation: as many as keep a CPU's products busy
+_IMPORTED_AT = time.monotonic()
+
+
+def whole_val_loss(
+    model: GPT, data: Manifest, block_size: int, dtype: DTypeLike, progress: Progress
+) -> float:
+    """Mean loss, in nats a token, over every token of the validation split, in consecutive blocks;
+    of conversations, over every token that is learnt. As `scripts/eval.py` finds it."""
+    tokens, flags = data.tokens("val"), data.flags("val")
+    rows = max(1, _TOKENS // block_size)
+    options = {"micro_batch_size": rows, "dtype": dtype, "progress": progress}
+    if flags is None:
+        return split_loss(model, tokens, block_size=block_size, **options)[0]
+    return answers_loss(model, PackedWindows(tokens, flags, block_size, seed=0), **options)[0]
+
+
+def seconds_since_start() -> float:
+    """Since this process began, imports and what came before them included.
+
+    Where the system does not tell (it is no Linux), since this module was imported.
+    """
+    try:
+        # The 22nd field; those after the name of the program, which may hold spaces.
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        up = float(Path("/proc/uptime").read_text().split()[0])
+    except (OSError, ValueError):
+        return time.monotonic() - _IMPORTED_AT
+    return up - int(fields[19]) / os.sysconf("SC_CLK_TCK")
