@@ -37,6 +37,7 @@ from train.packing import Packed, micro_batches, windows_of
 from train.peaks import peak_flops
 from train.plot import plot_losses
 from train.profile import Profile
+from train.provenance import add_process, process_record
 from train.run import RunError, check_startable, has_checkpoint, resumed_model, write_run
 from train.start import computing, new_state, skeleton, started_model
 from train.step import (
@@ -208,6 +209,10 @@ class Trainer:
     def run(self, signals: Interruption) -> Outcome:
         """Train to the end or to the interruption, and leave the last whole step on disk."""
         out_dir, interrupted_by = self.config.out_dir, None
+        if not self.config.eval_only:
+            precision = jnp.dtype(self.execution.dtype).name
+            record = process_record(steps_done=self.steps_done, precision=precision)
+            add_process(self.directory, record)
         try:
             if self.config.eval_only:
                 with self.clock.phase("evaluation"):
