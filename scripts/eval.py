@@ -18,7 +18,7 @@ from train.config import TrainConfig  # noqa: E402
 from train.manifest import Manifest, check_same_tokenizer  # noqa: E402
 from train.presets import get_preset  # noqa: E402
 from train.progress import reporting  # noqa: E402
-from train.run import run_config  # noqa: E402
+from train.run import check_own_data, run_config  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,7 @@ class Arguments:
     preset: str | None = None
     """eval-gpt2, eval-gpt2-medium, ...: fills in init_from and dataset."""
     init_from: str | None = None
-    """resume: the run in out_dir. Or pretrained weights: a model of the zoo, a hub id, a local
-    directory. None: the preset's, otherwise resume."""
+    """resume (the run in out_dir), a zoo name, hub id or directory. None: the preset's or resume."""
     out_dir: str = "out"
     """The run to evaluate: its best evaluation's model if it kept one, else its newest."""
     dataset: str | None = None
@@ -43,7 +42,7 @@ class Arguments:
     block_size: int | None = None
     """Tokens in a block; no token sees beyond it. None: the model's, or what conversations need."""
     stride: int | None = None
-    """Slide the block by so many tokens and count only those, each predicted from more than
+    """Slide the block by so many tokens and count those alone, each predicted from more than
     block_size - stride: block_size / stride times the work. None: consecutive blocks."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """What the model computes in."""
@@ -56,11 +55,12 @@ def main() -> int:
     preset = None if options.preset is None else get_preset(options.preset)
     init_from = options.init_from or ("resume" if preset is None else preset.init_from)
     source = model_source(init_from, options.out_dir)
-    defaults = preset or (run_config(options.out_dir) if init_from == "resume" else TrainConfig())
+    run = options.out_dir if init_from == "resume" and preset is None else None
+    defaults = preset or (TrainConfig() if run is None else run_config(run))
     dataset = options.dataset or defaults.dataset
     data = Manifest.read(Path(options.data_dir or defaults.data_dir) / dataset)
-
-    from train.evaluate import block_size_for, dataset_measures
+    check_own_data(None if options.dataset else run, data)
+    from train.evaluate import block_size_for, dataset_measures  # imports jax
 
     model, tokenizer = source()
     check_same_tokenizer(data, tokenizer)
@@ -71,8 +71,8 @@ def main() -> int:
             model, data, options.split, block_size=block_size, stride=options.stride,
             micro_batch_size=options.batch_size, dtype=options.precision, progress=update,
         )  # fmt: skip
-    where = {"dataset": dataset, "split": options.split, "block_size": block_size}
-    print(json.dumps(result | where | {"stride": options.stride, "precision": options.precision}))
+    how = {"split": options.split, "stride": options.stride, "precision": options.precision}
+    print(json.dumps({**result, "dataset": dataset, "block_size": block_size, **how}))
     return 0
 
 

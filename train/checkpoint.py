@@ -22,6 +22,7 @@ from jaxtyping import PyTree
 from eqx_gpt.gpt import GPT
 from eqx_gpt.tree import named_arrays, with_arrays
 from train.run import has_checkpoint
+from train.saved import check_arrays
 from train.step import TrainState
 
 
@@ -88,6 +89,7 @@ class Checkpoints:
             for later in [s for s in self._best.all_steps() if s > (step or 0)]:
                 self._best.delete(later)
         average = skeleton.average
+        check_arrays(self._run / "checkpoints" / str(step) / "model", named_arrays(skeleton.params))
         items = ocp.args.Composite(
             model=_restoring(skeleton.params),
             optimizer=_restoring(skeleton.opt_state),

@@ -184,6 +184,8 @@ class TrainConfig:
     """Its name of the run. None: that of out_dir."""
     tensorboard_log: bool = False
     """Log to TensorBoard as well, in out_dir/tensorboard: pip install 'eqx-gpt[tensorboard]'."""
+    profile: str | None = None
+    """Steps to trace, such as 10:13 for 10, 11 and 12, for Perfetto; in out_dir/profile."""
 
     def __post_init__(self) -> None:
         positive = (
@@ -211,6 +213,12 @@ class TrainConfig:
         for name in ("beta1", "beta2", "dropout", "muon_beta", "label_smoothing", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        first, colon, stop = (self.profile or "0:1").partition(":")
+        if not (colon and first.isdecimal() and stop.isdecimal() and int(first) < int(stop)):
+            raise ValueError(
+                f"profile must be FIRST:STOP, such as 10:13 for the steps 10, 11 and 12, got "
+                f"{self.profile!r}"
+            )
 
     def check_together(self) -> None:
         """ValueError for fields that contradict each other.
@@ -242,6 +250,11 @@ class TrainConfig:
                 f"beta2={self.beta2} adds less to the second moment than moment_dtype='bfloat16' "
                 "can hold; give --beta2 0.99 or less, or keep the moments in float32"
             )
+        if self.profiled.stop > self.max_iters:
+            raise ValueError(
+                f"profile={self.profile!r} goes beyond max_iters={self.max_iters}; give earlier "
+                "steps"
+            )
         if self.lora_rank and self.freeze:
             raise ValueError(
                 f"freeze={self.freeze!r} says nothing with lora_rank={self.lora_rank}: all but the "
@@ -259,6 +272,11 @@ class TrainConfig:
         if not self.lora_rank:
             return None
         return LoRAConfig(self.lora_rank, self.lora_alpha, self.lora_targets)
+
+    @property
+    def profiled(self) -> range:
+        """The steps to trace."""
+        return range(*map(int, (self.profile or "0:0").split(":")))
 
     @property
     def global_batch_size(self) -> int:

@@ -4,7 +4,8 @@ import dataclasses
 import math
 import operator
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,15 @@ from train.display import Display
 from train.evaluate import sampled_loss
 from train.header import header
 from train.interrupt import Interrupted, Interruption
+from train.loggers import extra_loggers
 from train.manifest import SPLITS, Manifest
-from train.metrics import MetricsFile, extra_loggers, flops_per_token, peak_flops
+from train.metrics import MetricsFile, flops_per_token
 from train.optimizer import make_optimizer
 from train.packing import Packed, micro_batches, windows_of
+from train.peaks import peak_flops
 from train.plot import plot_losses
+from train.profile import Profile
+from train.provenance import add_process, process_record
 from train.run import RunError, check_startable, has_checkpoint, resumed_model, write_run
 from train.schedules import learning_rate
 from train.start import computing, new_state, skeleton, started_model
@@ -43,8 +48,10 @@ from train.step import (
     TrainState,
     add_gradients,
     apply_gradients,
+    compile_step,
     train_step,
 )
+from train.summary import account, summary
 from train.target import seconds_since_start, whole_val_loss
 
 PLOT_EVERY_S = 60.0  # drawing takes a second, and a short run gets its plot at the end
@@ -64,6 +71,7 @@ class Progress:
     """What a checkpoint holds beside the state. Times are of all the run's processes."""
 
     elapsed_s: float = 0.0
+    seconds: Mapping[str, float] | None = None
     evaluated_at: int | None = None
     val_loss: float | None = None
     best_val_loss: float | None = None
@@ -89,6 +97,7 @@ def train(
     **Raises:** ValueError (also as RunError, DatasetError) for what the user can mend. Whatever
     happens, the directory keeps its last whole checkpoint.
     """
+    began = time.monotonic()
     config.check_together()
     if not resume:
         check_startable(config.out_dir)
@@ -101,7 +110,7 @@ def train(
         skeleton(config, model_cfg, jnp.float32)  # wrong names end here, with nothing written
         write_run(config, model_cfg, data)
     with Display(config.max_iters) as display:
-        trainer = Trainer(config, data, model_cfg, start, display, process)
+        trainer = Trainer(config, data, model_cfg, start, display, process, began)
         del start  # its arrays are copied
         if resume and not config.eval_only:
             write_run(config, model_cfg, data)
@@ -125,7 +134,10 @@ class Trainer:
         pretrained: GPT | None,
         display: Display,
         process: str | None = None,
+        began: float | None = None,
     ) -> None:
+        """`began`: what `time.monotonic()` was when the time of the run began; None is now."""
+        began = time.monotonic() if began is None else began
         self.config, self.data, self.display = config, data, display
         self.directory = Path(config.out_dir)
         self.windows = windows_of(data, "train", config.block_size, config.seed)
@@ -141,6 +153,7 @@ class Trainer:
         self.flops_per_token = flops_per_token(
             n_params, model_cfg.n_layer, model_cfg.n_embd, config.block_size, n_frozen
         )
+        self.tokens_per_step = config.global_batch_size * config.block_size
         self.peak_flops = peak_flops(self.execution.dtype)
 
         key_model, key_steps = jax.random.split(jax.random.key(config.seed))
@@ -174,12 +187,17 @@ class Trainer:
         self.metrics = MetricsFile(
             self.directory / "metrics.jsonl", self.steps_done, self.progress.evaluated_at
         )
-        self.loggers = [self.metrics.write, *extra_loggers(config, n_params)]
+        self.closing = ExitStack()
+        self.loggers = [self.metrics.write]
         if config.eval_only and self.steps_done:
             self.loggers = []  # a look at a run is no part of it
+        else:
+            resumed = self.steps_done > 0
+            self.loggers += extra_loggers(config, n_params, resumed=resumed, closing=self.closing)
         self.reached = False
         self.saved_at = self.plotted_at = time.monotonic()
-        self.started_at = self.saved_at - self.progress.elapsed_s
+        self.profile = Profile(self.directory, config.profiled)
+        self.clock = Clock(self.progress.seconds, self.progress.elapsed_s, since=began)
         self.display.header(
             header(
                 config, model_cfg, data,
@@ -192,21 +210,28 @@ class Trainer:
     def close(self) -> None:
         self.checkpoints.close()
         self.metrics.close()
+        self.closing.close()
 
     def run(self, signals: Interruption) -> Outcome:
         """Train to the end or to the interruption, and leave the last whole step on disk."""
         out_dir, interrupted_by = self.config.out_dir, None
+        if not self.config.eval_only:
+            precision = jnp.dtype(self.execution.dtype).name
+            record = process_record(steps_done=self.steps_done, precision=precision)
+            add_process(self.directory, record)
         try:
             if self.config.eval_only:
-                self._evaluate(signals)
+                with self.clock.phase("evaluation"):
+                    self._evaluate(signals)
             else:
                 self._train(signals)
         except Interrupted as interrupted:
             interrupted_by = str(interrupted)
         if not self.config.eval_only:
             if self.steps_done:
-                self._save()
-                self.checkpoints.wait()
+                with self.clock.phase("checkpoint"):
+                    self._save()
+                    self.checkpoints.wait()
                 self.display.line(f"step {self.steps_done} is saved in {out_dir}")
             else:
                 self.display.line("no step was complete, so there was nothing to save")
@@ -217,31 +242,47 @@ class Trainer:
                     f"stopped by {interrupted_by}; go on with: python scripts/train.py "
                     f"--init_from resume --out_dir {out_dir}"
                 )
-        plot_losses(self.directory)
+        with self.clock.phase("other"):
+            self._tell(*self.profile.close(self.steps_done))
+            plot_losses(self.directory)
+        if not self.config.eval_only:
+            tokens = self.steps_done * self.tokens_per_step
+            flops = tokens * self.flops_per_token
+            self._tell(*summary(self.clock.seconds(), tokens, flops, self.peak_flops))
         return Outcome(self.steps_done, interrupted_by, self.progress.val_loss)
 
     def _train(self, signals: Interruption) -> None:
-        config = self.config
+        config, clock = self.config, self.clock
         self._between_steps(signals)
-        clock = Clock(self.steps_done, config.global_batch_size * config.block_size)
         previous: StepMetrics | None = None
+        logged_at = self.steps_done
         with prefetched(self._windows_of, self.steps_done, config.max_iters) as batches:
-            for windows in batches:
-                signals.check()
-                step = self.steps_done
-                if self.execution.accumulate == "device":
-                    self.state, metrics = train_step((self.recipe, windows), self.state)
-                else:
-                    self.state, metrics = self._step_from_host(windows, signals)
-                self.steps_done += 1
-                # The device works on this step while the host prepares the next; waiting for the
-                # one before keeps the host from running further ahead.
-                jax.block_until_ready(previous)
-                previous = metrics
-                if step % config.log_interval == 0 or self.steps_done == config.max_iters:
-                    jax.block_until_ready(metrics)
-                    self._log_step(step, metrics, clock.tokens_per_s(self.steps_done))
-                with clock.paused():
+            first = self._windows_of(self.steps_done)
+            compile_step(self.recipe, first, self.state, self.execution.accumulate)
+            self.learning_rate(self.steps_done)
+            del first
+            with clock.phase("step"):
+                for windows in clock.timed(batches, "data"):
+                    signals.check()
+                    step = self.steps_done
+                    with self.profile.step(step):
+                        if self.execution.accumulate == "device":
+                            self.state, metrics = train_step((self.recipe, windows), self.state)
+                        else:
+                            self.state, metrics = self._step_from_host(windows, signals)
+                        # The device works on this step while the host prepares the next; waiting
+                        # for the one before keeps the host from running further ahead.
+                        jax.block_until_ready(previous)
+                    self.steps_done += 1
+                    previous = metrics
+                    with clock.phase("other"):
+                        self._tell(*self.profile.after(self.steps_done, metrics))
+                    if step % config.log_interval == 0 or self.steps_done == config.max_iters:
+                        jax.block_until_ready(metrics)
+                        tokens = (self.steps_done - logged_at) * self.tokens_per_step
+                        logged_at = self.steps_done
+                        with clock.phase("log"):
+                            self._log_step(step, metrics, clock.rate(tokens))
                     self._between_steps(signals)
                 if self.reached:
                     return
@@ -276,17 +317,25 @@ class Trainer:
         config, step = self.config, self.steps_done
         if step == 0:
             if config.init_from != "scratch":  # what the weights that were given are worth
-                self._evaluate(signals)
+                with self.clock.phase("evaluation"):
+                    self._evaluate(signals)
             return
         at_end = step == config.max_iters
-        if (step % config.eval_interval == 0 or at_end) and self.progress.evaluated_at != step:
-            self._evaluate(signals)
-        if config.sample_interval and step % config.sample_interval == 0:
-            self._show_sample()
-        interval = config.checkpoint_interval or config.eval_interval
+        evaluates = step % config.eval_interval == 0 or at_end
+        samples = config.sample_interval and step % config.sample_interval == 0
         overdue = 0 < config.checkpoint_minutes * 60 < time.monotonic() - self.saved_at
-        if step % interval == 0 or overdue:
-            self._save()
+        saves = step % (config.checkpoint_interval or config.eval_interval) == 0 or overdue
+        if evaluates or samples or saves:
+            jax.block_until_ready(self.state)  # which is still time of the step
+        if evaluates and self.progress.evaluated_at != step:
+            with self.clock.phase("evaluation"):
+                self._evaluate(signals)
+        if samples:
+            with self.clock.phase("other"):
+                self._show_sample()
+        if saves:
+            with self.clock.phase("checkpoint"):
+                self._save()
 
     def _evaluate(self, signals: Interruption) -> None:
         config, step = self.config, self.steps_done
@@ -316,7 +365,8 @@ class Trainer:
         )
         self._log({"iter": step, "val_loss": losses["val"], "eval_train_loss": losses["train"]})
         if time.monotonic() - self.plotted_at > PLOT_EVERY_S:
-            plot_losses(self.directory)
+            with self.clock.phase("other"):
+                plot_losses(self.directory)
             self.plotted_at = time.monotonic()
 
     def _evaluate_whole(self, signals: Interruption, target: float) -> None:
@@ -351,7 +401,8 @@ class Trainer:
             best_val_loss=val_loss if improved else best,
         )
         if improved and not config.always_save_checkpoint and not config.eval_only:
-            self.checkpoints.save_best(self.state.best_params, self.steps_done)
+            with self.clock.phase("checkpoint"):
+                self.checkpoints.save_best(self.state.best_params, self.steps_done)
         return "" if best is None or not improved else ", the best so far"
 
     def _show_sample(self) -> None:
@@ -369,8 +420,10 @@ class Trainer:
         now = (self.steps_done, self.progress.evaluated_at)
         if self.saved == now:
             return
-        elapsed = time.monotonic() - self.started_at
-        self.progress = dataclasses.replace(self.progress, elapsed_s=elapsed)
+        seconds = self.clock.seconds()
+        self.progress = dataclasses.replace(
+            self.progress, elapsed_s=sum(seconds.values()), seconds=seconds
+        )
         self.checkpoints.save(self.state, self.steps_done, dataclasses.asdict(self.progress))
         self.saved = now
         self.saved_at = time.monotonic()
@@ -388,10 +441,15 @@ class Trainer:
         self.display.step(record, self._eta(tokens_per_s))
 
     def _log(self, record: dict[str, Any]) -> None:
-        record["elapsed_s"] = time.monotonic() - self.started_at
+        tokens = self.steps_done * self.tokens_per_step
+        record |= account(self.clock.seconds(), tokens, tokens * self.flops_per_token)
         record["dataset"] = self.data.name
         for logger in self.loggers:
             logger(record)
+
+    def _tell(self, *lines: str) -> None:
+        for line in lines:
+            self.display.line(line)
 
     def _mfu(self, tokens_per_s: float) -> float | None:
         if self.peak_flops is None:
@@ -401,4 +459,4 @@ class Trainer:
     def _eta(self, tokens_per_s: float, micro_done: int = 0) -> float:
         """Seconds of training to come at this rate, evaluations apart."""
         steps = self.config.max_iters - self.steps_done - micro_done / self.execution.n_micro
-        return steps * self.config.global_batch_size * self.config.block_size / tokens_per_s
+        return steps * self.tokens_per_step / tokens_per_s

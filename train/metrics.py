@@ -1,45 +1,10 @@
-"""Accounting (FLOPs, MFU) and where the numbers go: metrics.jsonl and the optional loggers."""
+"""What a step costs in arithmetic, and where the numbers of a run go: metrics.jsonl."""
 
-import dataclasses
 import json
 import math
 import os
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.typing import DTypeLike
-
-from train.config import TrainConfig
-
-Logger = Callable[[dict[str, Any]], None]
-
-# Dense bfloat16 FLOP/s of one device, from the makers' data sheets; keys are parts of JAX's
-# `device_kind`, the more special ones first.
-_PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-    "V100": 125e12,
-    "T4": 65e12,
-    "TPU v6": 918e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v4": 275e12,
-    "TPU v3": 123e12,
-}
 
 
 def flops_per_token(n_params: int, n_layer: int, n_embd: int, seq: int, n_frozen: int = 0) -> float:
@@ -50,34 +15,6 @@ def flops_per_token(n_params: int, n_layer: int, n_embd: int, seq: int, n_frozen
     embedding counted once, no discount for the causal half of attention.
     """
     return 6.0 * n_params - 2.0 * n_frozen + 12.0 * n_layer * n_embd * seq
-
-
-def peak_flops(dtype: DTypeLike) -> float | None:
-    """The device's peak in FLOP/s: published for accelerators, measured on a CPU.
-
-    None for an accelerator that the table does not know.
-    """
-    device = jax.devices()[0]
-    if device.platform == "cpu":
-        return _measured_matmul_flops(dtype)
-    for kind, flops in _PEAK_FLOPS.items():
-        if kind in device.device_kind:
-            return flops
-    return None
-
-
-def _measured_matmul_flops(dtype: DTypeLike) -> float:
-    """The best of a few products of 1024 x 1024 matrices."""
-    n = 1024
-    a = jax.device_put(np.ones((n, n), dtype))
-    product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
-    product(a).block_until_ready()
-    times = []
-    for _ in range(10):
-        start = time.perf_counter()
-        product(a).block_until_ready()
-        times.append(time.perf_counter() - start)
-    return 2 * n**3 / min(times)
 
 
 class MetricsFile:
@@ -122,34 +59,3 @@ def _belongs(line: str, steps_done: int, evaluated_at: int) -> bool:
     is_evaluation = "val_loss" in record
     known = record["iter"] <= evaluated_at if is_evaluation else record["iter"] < steps_done
     return line.endswith("\n") and known
-
-
-def extra_loggers(config: TrainConfig, n_params: int) -> list[Logger]:
-    """Weights & Biases and TensorBoard, if asked for. ValueError if not installed."""
-    loggers: list[Logger] = []
-    if config.wandb_log:
-        try:
-            import wandb
-        except ImportError:
-            raise ValueError("wandb_log needs wandb: pip install 'eqx-gpt[wandb]'") from None
-        name = config.wandb_run_name or Path(config.out_dir).name
-        recorded = {**dataclasses.asdict(config), "n_params": n_params}
-        run = wandb.init(project=config.wandb_project, name=name, config=recorded)
-        loggers.append(lambda record: run.log(record, step=record["iter"]))
-    if config.tensorboard_log:
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            raise ValueError(
-                "tensorboard_log needs tensorboardX: pip install 'eqx-gpt[tensorboard]'"
-            ) from None
-        writer = SummaryWriter(str(Path(config.out_dir) / "tensorboard"))
-
-        def write(record: dict[str, Any]) -> None:
-            for name, value in record.items():
-                if isinstance(value, float):
-                    writer.add_scalar(name, value, record["iter"])
-            writer.flush()
-
-        loggers.append(write)
-    return loggers

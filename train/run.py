@@ -1,6 +1,7 @@
 """A run directory explains itself: what is in it, when a run may start there or go on there.
 
-run.json              the resolved config, the model, its adapters, the data's manifest, versions
+run.json              the resolved config, the model, its adapters, the data's manifest, hashes of
+                      these, and the processes that trained it (see provenance.py)
 tokenizer_spec.json   the tokenizer, whole
 metrics.jsonl         one object a logged step and one an evaluation
 checkpoints/, best/   see checkpoint.py; so base/
@@ -8,18 +9,16 @@ loss.png              where matplotlib is installed
 """
 
 import dataclasses
-import importlib.metadata
 import json
-import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from eqx_gpt.config import GPTConfig
+from eqx_gpt.record import FORMAT_VERSION, conflict, digests
 from train.config import TrainConfig, with_fields
 from train.files import write_atomically
 from train.manifest import Manifest
-
-FORMAT_VERSION = 1
 
 # A run that goes on with another value of these would not be the same run.
 _FIXED = (
@@ -59,9 +58,8 @@ def read_run(directory: str | Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise RunError(f"{path} is not JSON: {error}") from None
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION:
-        raise RunError(f"{path} has format_version {version!r}, expected {FORMAT_VERSION}")
+    if problem := conflict(content):
+        raise RunError(f"{path}: {problem}")
     missing = [key for key in ("config", "model", "data") if not isinstance(content.get(key), dict)]
     if missing:
         raise RunError(f"{path} lacks {', '.join(missing)}; it was not written by a run")
@@ -86,16 +84,15 @@ def check_startable(directory: str | Path) -> None:
 def write_run(config: TrainConfig, model: GPTConfig, data: Manifest) -> None:
     """Write run.json and the tokenizer. RunError if the directory cannot be written."""
     directory = Path(config.out_dir)
-    packages = ("jax", "jaxlib", "equinox", "optax", "orbax-checkpoint", "numpy")
-    versions = {name: importlib.metadata.version(name) for name in packages}
+    before = read_run(directory).get("processes", []) if has_checkpoint(directory) else []
     content = {
         "format_version": FORMAT_VERSION,
         "config": dataclasses.asdict(config),
         "model": model.to_dict(),
         "lora": None if config.lora is None else dataclasses.asdict(config.lora),
         "data": data.to_dict(),
-        "versions": {"python": platform.python_version(), **versions},
     }
+    content |= {"sha256": digests(content), "processes": before}
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _write(directory / "tokenizer_spec.json", data.tokenizer_spec)
@@ -113,21 +110,44 @@ def resumed_model(config: TrainConfig, data: Manifest) -> GPTConfig:
         for name in _FIXED
         if getattr(recorded, name) != getattr(config, name)
     ]
-    for split, was in content["data"]["splits"].items():
-        now = data.to_dict()["splits"][split]
-        if now["sha256"] != was["sha256"]:
-            conflicts.append(
-                f"{split} split of dataset {data.name!r} had sha256 {was['sha256'][:12]}..., "
-                f"now {now['sha256'][:12]}..."
-            )
-        elif now.get("flags") != was.get("flags"):
-            conflicts.append(f"{split} split of dataset {data.name!r} had other answers to learn")
+    conflicts += _data_conflicts(content["data"], data)
     if conflicts:
         raise RunError(
             f"cannot resume {config.out_dir!r}: {'; '.join(conflicts)}. Leave these as they were, "
             f"or start a new run from its weights with --init_from {config.out_dir}"
         )
     return GPTConfig.from_dict(content["model"])
+
+
+def check_own_data(directory: str | Path | None, data: Manifest) -> None:
+    """RunError, with both sides, if the run in `directory`, if any, was trained on other data."""
+    conflicts = [] if directory is None else _data_conflicts(read_run(directory)["data"], data)
+    if conflicts:
+        raise RunError(
+            f"{str(data.directory)!r} is not what the run in {str(directory)!r} was trained on: "
+            f"{'; '.join(conflicts)}. To take what is there now, give --dataset {data.name}"
+        )
+
+
+def _data_conflicts(was: Mapping[str, Any], data: Manifest) -> list[str]:
+    """In what a dataset differs from the manifest that a run recorded."""
+    found = data.to_dict()
+    conflicts = []
+    if (then := was["tokenizer_fingerprint"]) != (now := data.tokenizer_fingerprint):
+        conflicts.append(
+            f"the tokenizer of dataset {data.name!r} had fingerprint {then[:12]}..., now "
+            f"{now[:12]}..."
+        )
+    for split, before in was["splits"].items():
+        after = found["splits"][split]
+        if after["sha256"] != before["sha256"]:
+            conflicts.append(
+                f"{split} split of dataset {data.name!r} had sha256 {before['sha256'][:12]}..., "
+                f"now {after['sha256'][:12]}..."
+            )
+        elif after.get("flags") != before.get("flags"):
+            conflicts.append(f"{split} split of dataset {data.name!r} had other answers to learn")
+    return conflicts
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -7,7 +7,8 @@ and be interrupted between two of them. Both give the same step, to rounding.
 """
 
 import operator
-from typing import Any
+import warnings
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -158,6 +159,32 @@ def apply_gradients(
 ) -> tuple[TrainState, StepMetrics]:
     """End a step with the mean of the gradients added. Donates both."""
     return _apply(recipe, gradients, state)
+
+
+def compile_step(
+    recipe: Recipe,
+    windows: Array | Packed,
+    state: TrainState,
+    accumulate: Literal["device", "host"],
+) -> None:
+    """Compile what a step of such windows runs, so that the first one takes no longer than others.
+
+    The windows are those of `train_step`; `accumulate` says by which of the two ways.
+    """
+    if accumulate == "device":
+        _compile(train_step, (recipe, windows), state)
+        return
+    micro = jax.tree.map(operator.itemgetter(0), windows)
+    gradients = Gradients.zero(state.params)
+    _compile(add_gradients, (recipe, micro, state), gradients)
+    _compile(apply_gradients, recipe, gradients, state)
+
+
+def _compile(function: Any, *arguments: PyTree) -> None:
+    """A call with such arguments finds the program that this makes."""
+    with warnings.catch_warnings():  # as Equinox does when it calls
+        warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+        function.lower(*arguments).compile()
 
 
 @eqx.filter_jit

@@ -1,7 +1,7 @@
 """What training left in a run directory: its config, and the arrays of a checkpoint.
 
 run.json                      {"format_version": 1, "model": GPTConfig.to_dict(), "lora": null or
-                              the fields of LoRAConfig, ...}
+                              the fields of LoRAConfig, "data": the manifest of its dataset, ...}
 tokenizer_spec.json           the spec of its tokenizer
 checkpoints/<step>/model/     an Orbax item: dotted name -> array (`eqx_gpt.tree.named_arrays`)
 checkpoints/<step>/average/   the same, where the run averages its weights
@@ -16,9 +16,10 @@ from typing import Any, TypeVar
 import jax
 
 from eqx_gpt.config import GPTConfig, LoRAConfig
+from eqx_gpt.record import conflict
+from eqx_gpt.tokenizer import Tokenizer, fingerprint
 from weights.errors import WeightsError, raise_problems, read_json
 
-FORMAT_VERSION = 1
 T = TypeVar("T")
 
 
@@ -35,16 +36,24 @@ def read_run_lora(run_dir: Path) -> LoRAConfig | None:
 def _read(run_dir: Path, part: Callable[[dict[str, Any]], T]) -> T:
     path = run_dir / "run.json"
     run = read_json(path)
-    version = run.get("format_version")
-    if version != FORMAT_VERSION:
-        raise WeightsError(
-            f"{path}: format_version is {version!r}, expected {FORMAT_VERSION}; a newer one needs "
-            "a newer version of this package"
-        )
+    if problem := conflict(run, ("model", "lora", "data")):
+        raise WeightsError(f"{path}: {problem}")
     try:
         return part(run)
     except (TypeError, ValueError) as error:
         raise WeightsError(f"{path}: model: {error}") from error
+
+
+def check_run_tokenizer(run_dir: Path, tokenizer: Tokenizer) -> None:
+    """WeightsError, with both sides, if the run was trained with another tokenizer."""
+    data = _read(run_dir, lambda run: run.get("data"))
+    expected = data.get("tokenizer_fingerprint") if isinstance(data, dict) else None
+    if expected not in (None, found := fingerprint(tokenizer)):
+        raise WeightsError(
+            f"{run_dir}/tokenizer_spec.json has fingerprint {found[:12]}..., but the run was "
+            f"trained with {expected[:12]}...; put its own back, which run.json has under data, "
+            "tokenizer"
+        )
 
 
 def run_checkpoint(run_dir: Path) -> Path:

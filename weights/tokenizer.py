@@ -17,6 +17,7 @@ from weights.errors import WeightsError, read_json, write_json
 from weights.gguf_file import read_gguf
 from weights.gguf_tokenizer import read_tokenizer
 from weights.hub import Source, find
+from weights.run import check_run_tokenizer
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
 SPEC = "tokenizer_spec.json"
@@ -59,7 +60,10 @@ def find_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
         return find_tokenizer(base_of(source)) if source.kind == "adapter" else None
     try:
         if path.name == SPEC:
-            return tokenizer_from_spec(read_json(path))
+            tokenizer = tokenizer_from_spec(read_json(path))
+            if source.kind == "run":
+                check_run_tokenizer(source.path, tokenizer)
+            return tokenizer
         if path.name == "tokenizer.json":
             return _json_tokenizer(path.read_text("utf-8"), source)
     except (OSError, ValueError) as error:
