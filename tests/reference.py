@@ -139,15 +139,22 @@ def head_logits(hidden: F64, weight: F64, bias: F64 | None, softcap: float | Non
     return logits if softcap is None else softcap * np.tanh(logits / softcap)
 
 
-def cross_entropy(hidden: F64, weight: F64, targets: np.ndarray) -> tuple[float, F64, F64]:
+def cross_entropy(
+    hidden: F64,
+    weight: F64,
+    targets: np.ndarray,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> tuple[float, F64, F64]:
     """(tokens, d_model), (vocab, d_model), (tokens,) -> the mean loss and its two gradients."""
     logits = hidden @ weight.T
     top = logits.max(-1)
     log_sum = top + np.log(np.exp(logits - top[:, None]).sum(-1))
     rows = np.arange(len(targets))
-    loss = float((log_sum - logits[rows, targets]).mean())
-    d_logits = softmax(logits)
-    d_logits[rows, targets] -= 1
+    expected = np.full(logits.shape, label_smoothing / len(weight))
+    expected[rows, targets] += 1 - label_smoothing
+    loss = float((log_sum - (expected * logits).sum(-1) + z_loss * log_sum**2).mean())
+    d_logits = softmax(logits) * (1 + 2 * z_loss * log_sum[:, None]) - expected
     d_logits /= len(targets)
     return loss, d_logits @ weight, d_logits.T @ hidden
 

@@ -152,13 +152,14 @@ def test_batch_equals_single(model: GPT) -> None:
         assert norm_of_difference(together[index], logits(model, tokens[index])) < 2e-6
 
 
-def test_unroll_and_remat_change_nothing(model: GPT) -> None:
+@pytest.mark.parametrize("remat", ["block", "dots"])
+def test_unroll_and_remat_change_nothing(model: GPT, remat: str) -> None:
     """Neither the logits nor the gradients, nor what is dropped."""
     config = model.config
     tokens, weights = random_tokens(config, 2, SEQ), random_weights(config)
     key = jax.random.key(2) if config.dropout else None
     (_, expected), expected_grads = value_and_grad(model, tokens, weights, key)
-    other = changed(model, unroll=2, remat="block")
+    other = changed(model, unroll=2, remat=remat)
     (_, found), found_grads = value_and_grad(other, tokens, weights, key)
     assert norm_of_difference(found, expected) < 2e-6
     for (name, grad), other_grad in zip(

@@ -228,6 +228,27 @@ def test_cross_entropy_and_its_gradients(
     check(grads[1], 3 * d_weight, 2e-6)
 
 
+@pytest.mark.parametrize(("z_loss", "smoothing"), [(0.3, 0.0), (0.0, 0.2), (0.01, 0.1)])
+def test_cross_entropy_with_z_loss_and_label_smoothing(
+    z_loss: float, smoothing: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cross_entropy_module, "_CHUNK_LOGITS", 4 * VOCAB)
+    hidden, weight = normal(0, TOKENS, D_MODEL), normal(1, VOCAB, D_MODEL)
+    targets = jnp.asarray(np.random.default_rng(2).integers(0, VOCAB, TOKENS), jnp.int32)
+    expected, d_hidden, d_weight = reference.cross_entropy(
+        f64(hidden), f64(weight), np.asarray(targets), z_loss, smoothing
+    )
+
+    def loss(hidden: jax.Array, weight: jax.Array) -> jax.Array:
+        return cross_entropy(hidden, weight, targets, None, None, None, z_loss, smoothing)
+
+    assert abs(float(loss(hidden, weight)) - expected) < 2e-6 * expected
+    found, grads = jax.value_and_grad(loss, argnums=(0, 1))(hidden, weight)
+    assert abs(float(found) - expected) < 2e-6 * expected
+    check(grads[0], d_hidden, 2e-6)
+    check(grads[1], d_weight, 2e-6)
+
+
 def test_cross_entropy_of_extreme_logits() -> None:
     """Logits of some 10,000: `exp` of them has no float32, nor has 1 - p of a sure answer."""
     hidden, weight = 100 * normal(0, TOKENS, D_MODEL), 100 * normal(1, VOCAB, D_MODEL)

@@ -14,7 +14,9 @@ from eqx_gpt import GPT, GPTConfig
 from eqx_gpt.tree import named_arrays
 from train.config import TrainConfig, model_config
 from train.loss import next_token_loss
-from train.optimizer import learning_rate, make_optimizer
+from train.optimizer import make_optimizer
+from train.schedules import learning_rate
+from train.start import new_state
 from train.step import (
     Gradients,
     Recipe,
@@ -231,3 +233,20 @@ def test_model_of_a_config():
     assert model_config(config, 65).vocab_size == 65
     with pytest.raises(ValueError, match="vocab_size=64 is less than the 65 tokens"):
         model_config(dataclasses.replace(config, vocab_size=64), 65)
+
+
+@pytest.mark.parametrize("remat", ["dots", "block"])
+def test_remat_keeps_less(remat):
+    """Of a deep narrow model: bytes that the compiled step holds beside its inputs."""
+    config = TrainConfig(n_layer=6, n_head=2, n_embd=16, block_size=64)
+
+    def held(remat):
+        model_cfg = model_config(dataclasses.replace(config, remat=remat), 11)
+        recipe = Recipe(make_optimizer(config), jnp.dtype("float32"), jax.random.key(0))
+        state = new_state(config, model_cfg, jax.random.key(0), None)
+        windows = jnp.zeros((1, 16, 65), jnp.int32)
+        step = jax.jit(lambda state, windows: train_step((recipe, windows), state))
+        return step.lower(state, windows).compile().memory_analysis().temp_size_in_bytes
+
+    share = held(remat) / held("none")
+    assert share < {"dots": 0.85, "block": 0.5}[remat]

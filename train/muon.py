@@ -7,7 +7,7 @@ all layers, go through them together.
 
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ def scale_by_muon(
         return MuonState(jax.tree.map(jnp.zeros_like, params))
 
     def update(
-        updates: PyTree, state: MuonState, params: PyTree | None = None
+        updates: PyTree, state: Any, params: PyTree | None = None
     ) -> tuple[PyTree, MuonState]:
         del params
         momentum = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, state.momentum, updates)
