@@ -19,13 +19,14 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import rich.console  # noqa: E402
 import tyro  # noqa: E402
 
-from scripts.benchmarks import growth, startup  # noqa: E402
+from scripts.benchmarks import checkpoints, growth, startup  # noqa: E402
 from scripts.benchmarks.job import Contender, Job, Task  # noqa: E402
 from scripts.benchmarks.models import Subject, subject_of, written  # noqa: E402
 from scripts.benchmarks.peers import Environment, Peer, Variant, peers_of  # noqa: E402
 from scripts.benchmarks.table import about_machine, records, table  # noqa: E402
 from scripts.benchmarks.timing import ceilings, compare  # noqa: E402
 from scripts.common import parse, run_command  # noqa: E402
+from train.manifest import Manifest  # noqa: E402
 
 OURS = "scripts.benchmarks.ours"
 MACHINE = Contender("machine", "scripts.benchmarks.machine", {}, tuned=True)
@@ -161,8 +162,26 @@ class Growth:
     """reference: also what XLA makes of the plain formulas, in turn."""
 
 
+@dataclass(frozen=True)
+class Checkpoints:
+    """What checkpoints cost scripts/train.py, and what it waits for data: runs with and without."""
+
+    preset: str = "gpt2-small"
+    """The run, without its accumulation and dropout."""
+    batch_size: int = 2
+    """Sequences in a step."""
+    interval: int = 50
+    """Steps between checkpoints; a run takes three times as many."""
+    rounds: int = 1
+    """Runs of each kind, in turn; medians are reported."""
+    dataset: str = "stdlib"
+    """Prepared by scripts/prepare.py."""
+    data_dir: str = "data"
+    """Where it was prepared."""
+
+
 Timed = Train | Prefill | Decode | Load
-Command = Timed | Startup | Growth
+Command = Timed | Startup | Growth | Checkpoints
 
 
 def main() -> int:
@@ -172,6 +191,8 @@ def main() -> int:
         found = measure_startup(command)
     elif isinstance(command, Growth):
         found = measure_growth(command)
+    elif isinstance(command, Checkpoints):
+        found = measure_checkpoints(command)
     else:
         found = measure(command)
     name = type(command).__name__.lower()
@@ -269,6 +290,20 @@ def measure_startup(command: Startup) -> dict[str, Any]:
         against_torch="torch" in command.against, say=say,
     )  # fmt: skip
     show(startup.table(found))
+    return found
+
+
+def measure_checkpoints(command: Checkpoints) -> dict[str, Any]:
+    for name in ("interval", "rounds"):
+        if getattr(command, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(command, name)}")
+    Manifest.read(Path(command.data_dir) / command.dataset)  # or how to prepare it
+    flags = {
+        "preset": command.preset, "batch_size": command.batch_size, "dataset": command.dataset,
+        "data_dir": command.data_dir, "gradient_accumulation_steps": 1, "dropout": 0.0,
+    }  # fmt: skip
+    found = checkpoints.measure(flags, command.interval, command.rounds, say)
+    show(checkpoints.table(found))
     return found
 
 

@@ -30,7 +30,7 @@ class Arguments:
     preset: str | None = None
     """eval-gpt2, eval-gpt2-medium, ...: fills in init_from and dataset."""
     init_from: str | None = None
-    """resume (the run in out_dir), a zoo name, hub id or directory. None: the preset's or resume."""
+    """resume (the run in out_dir), a zoo name, hub id, directory. None: the preset's or resume."""
     out_dir: str = "out"
     """The run to evaluate: its best evaluation's model if it kept one, else its newest."""
     dataset: str | None = None

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_run import command, run
+from tiny_run import command, make_dataset, run
 
 import eqx_gpt
 from eqx_gpt import AttentionConfig, GPTConfig, MLPConfig, NormConfig, PositionConfig
-from scripts.benchmarks import growth, startup
+from scripts.benchmarks import checkpoints, growth, startup
 from scripts.benchmarks.job import Contender, Job, to_json
 from scripts.benchmarks.models import subject_of
 from scripts.benchmarks.peers import peers_of
@@ -369,3 +369,29 @@ def test_ctrl_c_leaves_nobody_behind(fake, tmp_path):
         process.wait(timeout=30)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_the_cost_of_checkpoints_is_that_of_two_of_them():
+    """Over the steps 5 to 14 of 15 that save after 5, 10 and 15."""
+    records = [
+        {"iter": i, "train_loss": 1.0, "tokens_per_s": 7.0, "elapsed_s": 100.0 + 3 * i,
+         "step_s": 2.0 * i, "checkpoint_s": 4.0 * (i // 5)}
+        for i in range(15)
+    ]  # fmt: skip
+    found = checkpoints.spent([*records, {"iter": 15, "val_loss": 1.0, "elapsed_s": 999.0}], 5)
+    assert found == {"elapsed_s": 30.0, "step_s": 20.0, "checkpoint_s": 8.0}
+
+
+def test_bench_checkpoints(tmp_path):
+    make_dataset(tmp_path / "data")
+    argv = command("bench.py", "checkpoints", preset="shakespeare-char-cpu", interval=2,
+                   dataset="tiny")  # fmt: skip
+    result = run(argv, tmp_path)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["command"] == "checkpoints"
+    assert found["seconds"]["with"]["checkpoint_s"] > 0
+    assert found["seconds"]["without"]["checkpoint_s"] == 0
+    assert found["checkpoint_blocks_s"] == found["seconds"]["with"]["checkpoint_s"] / 2
+    assert found["data_wait_share"] >= 0
+    assert "a checkpoint every 2" in result.stderr

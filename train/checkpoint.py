@@ -140,7 +140,12 @@ def _replace(manager: Any, step: int, items: Any) -> None:
 def _saving(tree: PyTree) -> Any:
     import orbax.checkpoint as ocp
 
-    return ocp.args.StandardSave(named_arrays(tree))
+    arrays = named_arrays(tree)
+    if jax.default_backend() == "cpu":
+        # Orbax writes a CPU's arrays from where they lie, and the next step, which takes them over
+        # (donation), would wait until they are written.
+        arrays = jax.block_until_ready(jax.tree.map(jnp.copy, arrays))
+    return ocp.args.StandardSave(arrays)
 
 
 def _restoring(skeleton: PyTree) -> Any:

@@ -28,6 +28,7 @@ from train.devices import Execution
 from train.display import Display
 from train.evaluate import sampled_loss
 from train.header import header
+from train.history import add_sample
 from train.interrupt import Interrupted, Interruption
 from train.loggers import extra_loggers
 from train.manifest import SPLITS, Manifest
@@ -38,6 +39,7 @@ from train.peaks import peak_flops
 from train.plot import plot_losses
 from train.profile import Profile
 from train.provenance import add_process, process_record
+from train.report import try_report
 from train.run import RunError, check_startable, has_checkpoint, resumed_model, write_run
 from train.schedules import learning_rate
 from train.start import computing, new_state, skeleton, started_model
@@ -245,6 +247,7 @@ class Trainer:
         with self.clock.phase("other"):
             self._tell(*self.profile.close(self.steps_done))
             plot_losses(self.directory)
+            self._tell(*try_report(self.directory))
         if not self.config.eval_only:
             tokens = self.steps_done * self.tokens_per_step
             flops = tokens * self.flops_per_token
@@ -367,6 +370,7 @@ class Trainer:
         if time.monotonic() - self.plotted_at > PLOT_EVERY_S:
             with self.clock.phase("other"):
                 plot_losses(self.directory)
+                self._tell(*try_report(self.directory))
             self.plotted_at = time.monotonic()
 
     def _evaluate_whole(self, signals: Interruption, target: float) -> None:
@@ -414,6 +418,7 @@ class Trainer:
         tokens = generate(model, prompt, 200, key=key, temperature=0.8, top_k=200)
         text = tokenizer.decode(tokens.tolist())
         self.display.line(f"sample at {self.steps_done}: {text}")
+        add_sample(self.directory, self.steps_done, text)
 
     def _save(self) -> None:
         """Nothing if a checkpoint of this step knows of this step's evaluation already."""

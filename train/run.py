@@ -6,6 +6,8 @@ tokenizer_spec.json   the tokenizer, whole
 metrics.jsonl         one object a logged step and one an evaluation
 checkpoints/, best/   see checkpoint.py; so base/
 loss.png              where matplotlib is installed
+samples.jsonl         samples of text, where sample_interval asks for them
+report.html           all of it on one page
 """
 
 import dataclasses
