@@ -3,8 +3,10 @@
 import dataclasses
 import math
 import operator
+import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from eqx_gpt.generate import generate
 from eqx_gpt.gpt import GPT
 from eqx_gpt.text import with_tokens_of
 from eqx_gpt.tree import cast, count_params
+from train.batches import bad_steps
 from train.checkpoint import Checkpoints
 from train.clock import Clock
 from train.config import TrainConfig
@@ -26,14 +29,17 @@ from train.data import prefetched
 from train.devices import Execution
 from train.display import Display
 from train.evaluate import sampled_loss
+from train.guard import BadSteps
 from train.header import header
 from train.interrupt import Interrupted, Interruption
+from train.lock import locked
 from train.manifest import SPLITS, Manifest
 from train.metrics import MetricsFile, extra_loggers, flops_per_token, peak_flops
 from train.optimizer import learning_rate, make_optimizer
 from train.packing import Packed, micro_batches, windows_of
 from train.plot import plot_losses
 from train.run import RunError, check_startable, has_checkpoint, resumed_model, write_run
+from train.saving import Saver, Unharmed
 from train.start import computing, new_state, skeleton, started_model
 from train.step import (
     Gradients,
@@ -50,11 +56,20 @@ PLOT_EVERY_S = 60.0  # drawing takes a second, and a short run gets its plot at 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: the steps done, the signal that interrupted it, its last evaluation."""
+    """How a run ended: the steps done, the signal that interrupted it, its last evaluation, and
+    whether its last step is on disk."""
 
     steps_done: int
     interrupted_by: str | None
     val_loss: float | None
+    saved: bool = True
+
+    @property
+    def exit_code(self) -> int:
+        """As of a process that the signal ended; 1 if what it did is not on disk."""
+        if self.interrupted_by is not None:
+            return 128 + signal.Signals[self.interrupted_by]
+        return 0 if self.saved else 1
 
 
 @dataclass(frozen=True)
@@ -97,19 +112,23 @@ def train(
     else:
         config, model_cfg = started_model(config, data, start)
         skeleton(config, model_cfg, jnp.float32)  # wrong names end here, with nothing written
-        write_run(config, model_cfg, data)
-    with Display(config.max_iters) as display:
+    writes = jax.process_index() == 0 and not (resume and config.eval_only)
+    with locked(config.out_dir) if writes else nullcontext(), Display(config.max_iters) as display:
+        if not resume:
+            check_startable(config.out_dir)  # another may have run here in the meantime
+            write_run(config, model_cfg, data)
         trainer = Trainer(config, data, model_cfg, start, display, process)
         del start  # its arrays are copied
         if resume and not config.eval_only:
             write_run(config, model_cfg, data)
-        try:
-            with Interruption(
-                lambda: display.line("stopping soon; once more ends at once, unsaved")
-            ) as signals:
+        with Interruption(
+            lambda: display.line("stopping soon; once more ends at once, unsaved"),
+            config.preemption_s,
+        ) as signals:
+            try:
                 return trainer.run(signals)
-        finally:
-            trainer.close()
+            finally:
+                trainer.close()
 
 
 class Trainer:
@@ -125,6 +144,7 @@ class Trainer:
         process: str | None = None,
     ) -> None:
         self.config, self.data, self.display = config, data, display
+        self.model_cfg, self.unharmed = model_cfg, Unharmed(display.line)
         self.directory = Path(config.out_dir)
         self.windows = windows_of(data, "train", config.block_size, config.seed)
         # Evaluations of different runs compare, so their batches do not depend on the seed.
@@ -142,9 +162,14 @@ class Trainer:
         self.peak_flops = peak_flops(self.execution.dtype)
 
         key_model, key_steps = jax.random.split(jax.random.key(config.seed))
-        self.recipe = Recipe(make_optimizer(config), self.execution.dtype, key_steps)
+        self.recipe = Recipe(
+            make_optimizer(config), self.execution.dtype, key_steps, config.skip_spikes
+        )
         self.learning_rate = jax.jit(learning_rate(config))
-        self.checkpoints = Checkpoints(self.directory)
+        self.newest: tuple[int, StepMetrics] | None = None
+        self.checkpoints = Checkpoints(
+            self.directory, config.keep_checkpoints, read_only=config.eval_only, warn=display.line
+        )
         if self.checkpoints.latest_step() is None:
             if not config.eval_only:
                 self.checkpoints.clear()
@@ -158,7 +183,9 @@ class Trainer:
             self.state, progress = self.checkpoints.restore(shapes)
             self.progress = Progress(**progress)
         self.steps_done = int(self.state.step)
-        self.saved = (self.steps_done, self.progress.evaluated_at)
+        self.saver = Saver(self.checkpoints, self.directory, self._mend_directory, display.line)
+        if self.steps_done:
+            self.saver.restored(self.steps_done, self.progress.evaluated_at)
         if self.steps_done >= config.max_iters and not config.eval_only:
             self.checkpoints.close()
             raise RunError(
@@ -166,14 +193,15 @@ class Trainer:
                 f"max_iters={config.max_iters}; to go on, give a larger --max_iters"
             )
 
-        self.metrics = MetricsFile(
-            self.directory / "metrics.jsonl", self.steps_done, self.progress.evaluated_at
-        )
-        self.loggers = [self.metrics.write, *extra_loggers(config, n_params)]
-        if config.eval_only and self.steps_done:
-            self.loggers = []  # a look at a run is no part of it
-        self.saved_at = self.plotted_at = time.monotonic()
-        self.started_at = self.saved_at - self.progress.elapsed_s
+        self.metrics: MetricsFile | None = None
+        self.loggers = {}
+        if not (config.eval_only and self.steps_done):  # a look at a run is no part of it
+            self.metrics = MetricsFile(
+                self.directory / "metrics.jsonl", self.steps_done, self.progress.evaluated_at
+            )
+            self.loggers = dict(enumerate([self.metrics.write, *extra_loggers(config, n_params)]))
+        self.plotted_at = time.monotonic()
+        self.started_at = self.plotted_at - self.progress.elapsed_s
         self.display.header(
             header(
                 config, model_cfg, data,
@@ -185,11 +213,12 @@ class Trainer:
 
     def close(self) -> None:
         self.checkpoints.close()
-        self.metrics.close()
+        if self.metrics is not None:
+            self.metrics.close()
 
     def run(self, signals: Interruption) -> Outcome:
         """Train to the end or to the interruption, and leave the last whole step on disk."""
-        out_dir, interrupted_by = self.config.out_dir, None
+        out_dir, interrupted_by, saved = self.config.out_dir, None, True
         try:
             if self.config.eval_only:
                 self._evaluate(signals)
@@ -199,9 +228,8 @@ class Trainer:
             interrupted_by = str(interrupted)
         if not self.config.eval_only:
             if self.steps_done:
-                self._save()
-                self.checkpoints.wait()
-                self.display.line(f"step {self.steps_done} is saved in {out_dir}")
+                if saved := self._save(wait=True):
+                    self.display.line(f"step {self.steps_done} is saved in {out_dir}")
             else:
                 self.display.line("no step was complete, so there was nothing to save")
             if interrupted_by is None:
@@ -211,8 +239,9 @@ class Trainer:
                     f"stopped by {interrupted_by}; go on with: python scripts/train.py "
                     f"--init_from resume --out_dir {out_dir}"
                 )
-        plot_losses(self.directory)
-        return Outcome(self.steps_done, interrupted_by, self.progress.val_loss)
+        with self.unharmed("loss.png"):
+            plot_losses(self.directory)
+        return Outcome(self.steps_done, interrupted_by, self.progress.val_loss, saved)
 
     def _train(self, signals: Interruption) -> None:
         config = self.config
@@ -231,7 +260,9 @@ class Trainer:
                 # The device works on this step while the host prepares the next; waiting for the
                 # one before keeps the host from running further ahead.
                 jax.block_until_ready(previous)
-                previous = metrics
+                if previous is not None:
+                    self._check_guard()
+                previous, self.newest = metrics, (step, metrics)
                 if step % config.log_interval == 0 or self.steps_done == config.max_iters:
                     jax.block_until_ready(metrics)
                     self._log_step(step, metrics, clock.tokens_per_s(self.steps_done))
@@ -268,15 +299,19 @@ class Trainer:
         config, step = self.config, self.steps_done
         if step == 0:
             if config.init_from != "scratch":  # what the weights that were given are worth
-                self._evaluate(signals)
+                with self.unharmed("evaluation", once=False):
+                    self._evaluate(signals)
             return
+        self.saver.poll()
         at_end = step == config.max_iters
         if (step % config.eval_interval == 0 or at_end) and self.progress.evaluated_at != step:
-            self._evaluate(signals)
+            with self.unharmed("evaluation", once=False):
+                self._evaluate(signals)
         if config.sample_interval and step % config.sample_interval == 0:
-            self._show_sample()
+            with self.unharmed("sample", once=False):
+                self._show_sample()
         interval = config.checkpoint_interval or config.eval_interval
-        overdue = 0 < config.checkpoint_minutes * 60 < time.monotonic() - self.saved_at
+        overdue = 0 < config.checkpoint_minutes * 60 < time.monotonic() - self.saver.saved_at
         if step % interval == 0 or overdue:
             self._save()
 
@@ -313,9 +348,11 @@ class Trainer:
         )
         self._log({"iter": step, "val_loss": losses["val"], "eval_train_loss": losses["train"]})
         if improved and not config.always_save_checkpoint and not config.eval_only:
-            self.checkpoints.save_best(self.state.params, step)
+            with self.unharmed("best checkpoint", once=False):
+                self.checkpoints.save_best(self.state.params, step)
         if time.monotonic() - self.plotted_at > PLOT_EVERY_S:
-            plot_losses(self.directory)
+            with self.unharmed("loss.png"):
+                plot_losses(self.directory)
             self.plotted_at = time.monotonic()
 
     def _show_sample(self) -> None:
@@ -328,23 +365,45 @@ class Trainer:
         text = tokenizer.decode(tokens.tolist())
         self.display.line(f"sample at {self.steps_done}: {text}")
 
-    def _save(self) -> None:
-        """Nothing if a checkpoint of this step knows of this step's evaluation already."""
-        now = (self.steps_done, self.progress.evaluated_at)
-        if self.saved == now:
-            return
+    def _save(self, *, wait: bool = False) -> bool:
+        """Is the newest step on disk, or without `wait`, on its way? See `Saver`."""
+        self._check_guard()
         elapsed = time.monotonic() - self.started_at
         self.progress = dataclasses.replace(self.progress, elapsed_s=elapsed)
-        self.checkpoints.save(self.state, self.steps_done, dataclasses.asdict(self.progress))
-        self.saved = now
-        self.saved_at = time.monotonic()
+        progress = dataclasses.asdict(self.progress)
+        return self.saver.save(self.state, self.steps_done, progress, wait=wait)
+
+    def _mend_directory(self) -> None:
+        write_run(self.config, self.model_cfg, self.data)
+        if self.metrics is not None:
+            self.metrics.rescue()
+
+    def _check_guard(self) -> None:
+        """Say that the newest step was skipped. BadSteps if too many were in a row."""
+        if self.newest is None or not (in_row := int(self.newest[1].in_row)):
+            return
+        (step, metrics), self.newest = self.newest, None
+        self.display.line(
+            f"STEP {step} SKIPPED, {in_row} in a row: loss {float(metrics.loss):.4g}, "
+            f"gradient norm {float(metrics.grad_norm):.4g}"
+        )
+        if in_row >= self.config.max_skipped:
+            raise BadSteps(
+                bad_steps(
+                    self.data, self.windows, step, self.config.global_batch_size, in_row,
+                    self.config.out_dir,
+                )
+            )  # fmt: skip
 
     def _log_step(self, step: int, metrics: StepMetrics, tokens_per_s: float) -> None:
+        # The schedule is the optimizer's, which has not seen the steps skipped.
+        skipped_before = int(metrics.skipped) - (int(metrics.in_row) > 0)
         record = {
             "iter": step,
             "train_loss": float(metrics.loss),
-            "lr": float(self.learning_rate(step)),
+            "lr": float(self.learning_rate(step - skipped_before)),
             "grad_norm": float(metrics.grad_norm),
+            "skipped": int(metrics.skipped),
             "tokens_per_s": tokens_per_s,
             "mfu": self._mfu(tokens_per_s),
         }
@@ -354,8 +413,9 @@ class Trainer:
     def _log(self, record: dict[str, Any]) -> None:
         record["elapsed_s"] = time.monotonic() - self.started_at
         record["dataset"] = self.data.name
-        for logger in self.loggers:
-            logger(record)
+        for i, logger in self.loggers.items():
+            with self.unharmed(f"logger {i}" if i else "metrics.jsonl"):
+                logger(record)
 
     def _mfu(self, tokens_per_s: float) -> float | None:
         if self.peak_flops is None:

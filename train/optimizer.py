@@ -1,10 +1,14 @@
 """What learns and how: frozen parts, AdamW with clipping and nanoGPT's schedule, from optax."""
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
 from eqx_gpt import lora
+from eqx_gpt.shapes import Scalar
 from eqx_gpt.tree import map_with_roles, matching, name_of, named_arrays
 from train.config import TrainConfig
 
@@ -40,7 +44,7 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
     """AdamW (arXiv:1711.05101); all decays but biases and norms."""
 
     def decays(model: PyTree) -> PyTree:
@@ -53,16 +57,32 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         weight_decay=config.weight_decay,
         mask=decays,
     )
-    clip = (
-        optax.identity() if config.grad_clip == 0 else optax.clip_by_global_norm(config.grad_clip)
-    )
+    clip = optax.identity() if config.grad_clip == 0 else clip_by_norm(config.grad_clip)
     optimizer = optax.chain(clip, adamw)
 
     def update(
-        updates: PyTree, state: optax.OptState, params: PyTree | None = None
+        updates: PyTree, state: optax.OptState, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, optax.OptState]:
         # optax multiplies floats by its int32 count of steps.
         with jax.numpy_dtype_promotion("standard"):
-            return optimizer.update(updates, state, params)
+            return optimizer.update(updates, state, params, **extra)
 
-    return optax.GradientTransformation(optimizer.init, update)
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+
+def clip_by_norm(limit: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm`, but that who knows the global norm may give it as `norm`."""
+
+    def update(
+        updates: PyTree,
+        state: optax.OptState,
+        params: PyTree | None = None,
+        *,
+        norm: Scalar | None = None,
+        **extra: Any,
+    ) -> tuple[PyTree, optax.OptState]:
+        size = optax.tree.norm(updates) if norm is None else norm
+        small = size < limit
+        return jax.tree.map(lambda u: jnp.where(small, u, (u / size) * limit), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

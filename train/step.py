@@ -20,6 +20,7 @@ from jaxtyping import Array, Int, PyTree
 from eqx_gpt.config import GPTConfig
 from eqx_gpt.gpt import GPT
 from eqx_gpt.shapes import PRNGKey, Scalar
+from train.guard import Guard
 from train.loss import next_token_loss
 from train.packing import Packed
 
@@ -35,6 +36,7 @@ class TrainState(eqx.Module):
     frozen: GPT
     opt_state: PyTree
     step: Int[Array, ""]
+    guard: Guard
 
     @staticmethod
     def init(
@@ -43,7 +45,7 @@ class TrainState(eqx.Module):
         """`trainable` is True for the leaves that learn, as `eqx.partition` takes it."""
         params, frozen = eqx.partition(model, trainable)
         opt_state = optimizer.init(params)
-        return TrainState(params, frozen, opt_state, jnp.zeros((), jnp.int32))
+        return TrainState(params, frozen, opt_state, jnp.zeros((), jnp.int32), Guard.init())
 
     @property
     def model(self) -> GPT:
@@ -67,18 +69,23 @@ class Gradients(eqx.Module):
 
 
 class StepMetrics(eqx.Module):
-    """Of one step: the loss before it in nats a token, the gradient's norm before clipping."""
+    """Of one step: the loss before it in nats a token, the gradient's norm before clipping, and how
+    many steps were not taken so far, in all and in a row up to this one."""
 
     loss: Scalar
     grad_norm: Scalar
+    skipped: Int[Array, ""]
+    in_row: Int[Array, ""]
 
 
 class Recipe(eqx.Module):
-    """What stays fixed over a run: the update rule, the dtype of the products, the randomness."""
+    """What stays fixed over a run: the update rule, the dtype of the products, the randomness, and
+    how many times the usual norm of the gradient is a spike, 0 for never."""
 
     optimizer: optax.GradientTransformation = eqx.field(static=True)
     dtype: DTypeLike = eqx.field(static=True)
     key: PRNGKey
+    skip_spikes: float = eqx.field(static=True, default=0.0)
 
 
 def check_windows(windows: Array | Packed, config: GPTConfig, rank: int) -> None:
@@ -175,9 +182,22 @@ def _apply(
     recipe: Recipe, gradients: Gradients, state: TrainState
 ) -> tuple[TrainState, StepMetrics]:
     count = gradients.count.astype(jnp.float32)
-    grads = jax.tree.map(lambda g: g / count, gradients.params)
-    params: Any = state.params  # any PyTree; optax's annotation knows fewer
-    updates, opt_state = recipe.optimizer.update(grads, state.opt_state, params)
-    params = eqx.apply_updates(state.params, updates)
-    metrics = StepMetrics(gradients.loss / count, optax.tree.norm(grads))
-    return TrainState(params, state.frozen, opt_state, state.step + 1), metrics
+    optimizer = optax.with_extra_args_support(recipe.optimizer)
+
+    def mean() -> GPT:
+        return jax.tree.map(lambda g: g / count, gradients.params)
+
+    def update(old: tuple[GPT, PyTree]) -> tuple[GPT, PyTree]:
+        # The mean once more, where it costs nothing: an array handed in would have to be written.
+        grads: Any = mean()  # any PyTree; optax's annotation knows fewer
+        params: Any = old[0]
+        updates, opt_state = optimizer.update(grads, old[1], params, norm=norm)
+        return eqx.apply_updates(old[0], updates), opt_state
+
+    loss, norm = gradients.loss / count, optax.tree.norm(mean())
+    taken = state.guard.takes(loss, norm, recipe.skip_spikes)
+    # Choosing between old and new arrays would keep XLA's CPU backend from updating in place.
+    params, opt_state = lax.cond(taken, update, lambda old: old, (state.params, state.opt_state))
+    guard = state.guard.after(taken, norm)
+    metrics = StepMetrics(loss, norm, guard.skipped, guard.in_row)
+    return TrainState(params, state.frozen, opt_state, state.step + 1, guard), metrics
