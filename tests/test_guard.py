@@ -20,7 +20,15 @@ from train.guard import HISTORY, BadSteps, Guard
 from train.loop import train as run_training
 from train.manifest import Manifest
 from train.optimizer import clip_by_norm, make_optimizer
-from train.step import Gradients, Recipe, TrainState, add_gradients, apply_gradients, train_step
+from train.step import (
+    Gradients,
+    Recipe,
+    TrainState,
+    add_gradients,
+    apply_added,
+    apply_gradients,
+    train_step,
+)
 
 CONFIG = TrainConfig(n_layer=1, n_head=2, n_embd=14, block_size=11, vocab_size=37)
 BATCH = jax.random.randint(jax.random.key(2), (2, 3, 12), 0, 37)
@@ -114,7 +122,6 @@ def test_clipping_is_optaxs(limit):
         assert eqx.tree_equal(ours, theirs)
 
 
-@pytest.mark.filterwarnings("ignore:Some donated buffers")  # the gradients', as equinox knows
 def test_the_guard_adds_no_pass_over_the_parameters():
     """In the compiled step of a CPU, whose backend updates in place only what nobody else needs."""
     jax.config.update("jax_disable_most_optimizations", False)
@@ -124,16 +131,17 @@ def test_the_guard_adds_no_pass_over_the_parameters():
     recipe = Recipe(optimizer, jnp.dtype(jnp.float32), jax.random.key(1), 10.0)
     state = TrainState.init(model, optimizer)
 
-    def plain(recipe, gradients, state):  # the step without a guard
+    def plain(inputs, state):  # the step without a guard
+        recipe, gradients = inputs
         grads = jax.tree.map(lambda g: g / gradients.count.astype(jnp.float32), gradients.params)
         updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
         params = eqx.apply_updates(state.params, updates)
         return params, opt_state, optax.tree.norm(grads)
 
     used = []
-    for step in (apply_gradients, eqx.filter_jit(plain, donate="all-except-first")):
+    for step in (apply_added, eqx.filter_jit(plain, donate="all-except-first")):
         gradients = Gradients.zero(state.params)
-        compiled = step.lower(recipe, gradients, state).compile().compiled
+        compiled = step.lower((recipe, gradients), state).compile().compiled
         used.append(
             (
                 compiled.cost_analysis()["bytes accessed"],
@@ -141,8 +149,8 @@ def test_the_guard_adds_no_pass_over_the_parameters():
             )
         )
     n_bytes = 4 * sum(x.size for x in jax.tree.leaves(state.params))
-    assert abs(used[0][0] - used[1][0]) < 0.1 * n_bytes
-    assert abs(used[0][1] - used[1][1]) < 0.1 * n_bytes
+    for ours, without in zip(*used, strict=True):
+        assert ours < without + 0.1 * n_bytes
     jax.config.update("jax_disable_most_optimizations", True)
 
 

@@ -139,12 +139,20 @@ def add_gradients(
     return _add(recipe, windows, state, gradients)
 
 
-@eqx.filter_jit(donate="all-except-first")
 def apply_gradients(
     recipe: Recipe, gradients: Gradients, state: TrainState
 ) -> tuple[TrainState, StepMetrics]:
-    """End a step with the mean of the gradients added. Donates both."""
-    return _apply(recipe, gradients, state)
+    """End a step with the mean of the gradients added. Donates `state`."""
+    return apply_added((recipe, gradients), state)
+
+
+# Gradients have the shapes of the state: donated, they would be taken for its new arrays, and the
+# old ones, which are updated in place otherwise, would be copied.
+@eqx.filter_jit(donate="all-except-first")
+def apply_added(
+    inputs: tuple[Recipe, Gradients], state: TrainState
+) -> tuple[TrainState, StepMetrics]:
+    return _apply(*inputs, state)
 
 
 @eqx.filter_jit
@@ -184,17 +192,14 @@ def _apply(
     count = gradients.count.astype(jnp.float32)
     optimizer = optax.with_extra_args_support(recipe.optimizer)
 
-    def mean() -> GPT:
-        return jax.tree.map(lambda g: g / count, gradients.params)
-
     def update(old: tuple[GPT, PyTree]) -> tuple[GPT, PyTree]:
-        # The mean once more, where it costs nothing: an array handed in would have to be written.
-        grads: Any = mean()  # any PyTree; optax's annotation knows fewer
-        params: Any = old[0]
+        grads: Any = jax.tree.map(lambda g: g / count, gradients.params)  # any PyTree;
+        params: Any = old[0]  # optax's annotation knows fewer
         updates, opt_state = optimizer.update(grads, old[1], params, norm=norm)
         return eqx.apply_updates(old[0], updates), opt_state
 
-    loss, norm = gradients.loss / count, optax.tree.norm(mean())
+    # Of the sums: the means are in use only within `update`, and are never written out.
+    loss, norm = gradients.loss / count, optax.tree.norm(gradients.params) / count
     taken = state.guard.takes(loss, norm, recipe.skip_spikes)
     # Choosing between old and new arrays would keep XLA's CPU backend from updating in place.
     params, opt_state = lax.cond(taken, update, lambda old: old, (state.params, state.opt_state))
