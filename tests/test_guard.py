@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -138,7 +139,8 @@ def test_the_guard_adds_no_pass_over_the_parameters():
         params = eqx.apply_updates(state.params, updates)
         return params, opt_state, optax.tree.norm(grads)
 
-    used = []
+    used: list[Any] = []
+    step: Any
     for step in (apply_added, eqx.filter_jit(plain, donate="all-except-first")):
         gradients = Gradients.zero(state.params)
         compiled = step.lower((recipe, gradients), state).compile().compiled

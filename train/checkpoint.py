@@ -75,6 +75,9 @@ class Checkpoints:
         Raises what an earlier save, or the start of this one, has met; the next call starts anew.
         """
         self._base.wait()  # without which no checkpoint is whole
+        if named_arrays(state.frozen) and not self._base.on_disk():  # it failed, or vanished
+            self.save_base(state.frozen)
+            self._base.wait()
         said = _sealed({**progress, "guard": state.guard.to_dict()})
         self._states.wait()
         if step in self._states.on_disk():
@@ -106,6 +109,8 @@ class Checkpoints:
             try:
                 found = self._restored(skeleton, step)
             except Damaged as error:
+                if step not in self._states.on_disk():  # a run that goes on has removed it
+                    return self.restore(skeleton)
                 damaged[step] = error
                 continue
             for bad, error in damaged.items():

@@ -6,7 +6,7 @@ tokenizer_spec.json           the spec of its tokenizer
 checkpoints/<step>/model/     an Orbax item: dotted name -> array (`eqx_gpt.tree.named_arrays`)
 best/<step>/model/            the same, where the run kept the best
 base/0/model/                 the same, of frozen parts: no other checkpoint has them
-.../<step>/checksums/metadata {"model": {name: [dtype, `eqx_gpt.checksum` of the array]}}, of newer runs
+.../<step>/checksums/metadata JSON: {"model": {name: [dtype, a number of `eqx_gpt.checksum`]}}
 """
 
 import json
@@ -88,6 +88,8 @@ def read_run_arrays(
         try:
             arrays = _read_arrays(run_dir.resolve(), path, leaves)
         except DamagedError as error:
+            if not path.is_dir():  # a run that goes on has removed it
+                return read_run_arrays(run_dir, leaves)
             damaged.append(error)
             continue
         for error in damaged:
