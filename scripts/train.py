@@ -63,7 +63,7 @@ def main() -> int:
             check_same_tokenizer(data, tokenizer)
         pretrained = partial(from_pretrained, config.init_from)
     outcome = train(config, data, pretrained=pretrained, resume=resume, process=describe_process())
-    return {"SIGINT": 130, "SIGTERM": 143}.get(outcome.interrupted_by or "", 0)
+    return outcome.exit_code
 
 
 def first_look(argv: list[str]) -> Wishes:

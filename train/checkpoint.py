@@ -1,15 +1,23 @@
-"""Training state on disk, through Orbax: atomic, asynchronous, the last few kept.
+"""Training state on disk, through Orbax: atomic, asynchronous, checked, the last few kept.
 
 Orbax is imported by what uses it: a new run need not wait for it before its first step.
 
-A run's `checkpoints/<step>/` holds three items: `model` and `optimizer`, flat mappings from the
-dotted names of `eqx_gpt.tree.named_arrays` to arrays, and `progress`, JSON. `best/<step>/` holds
-`model` alone. A run that averages its weights has their average as a fourth item, `average`, and
-as the `model` of `best`. Of a run with frozen parts these hold what learns, and `base/0/model`,
-written once, the rest.
+A run's `checkpoints/<step>/` holds four items: `model` and `optimizer`, flat mappings from the
+dotted names of `eqx_gpt.tree.named_arrays` to arrays, `progress`, JSON, and `checksums`, of the
+arrays of the others. `best/<step>/` holds `model` and `checksums`. A run that averages its weights
+has their average as a fifth item, `average`, and as the `model` of `best`. Of a run with frozen
+parts these hold what learns, and `base/0/`, written once, the rest.
+
+A step is written under another name and takes its own when it is whole. One that cannot be read all
+the same, or not as it was written, is `Damaged`: `restore` takes the one before.
 """
 
+import contextlib
+import dataclasses
+import json
 import shutil
+import zlib
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,152 +25,315 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
+from eqx_gpt.checksum import checksums
 from eqx_gpt.gpt import GPT
 from eqx_gpt.tree import named_arrays, with_arrays
-from train.run import has_checkpoint
+from train.files import write_atomically
+from train.guard import Guard
+from train.run import RunError
 from train.saved import check_arrays
 from train.step import TrainState
 
+_PARTIAL = ".orbax-checkpoint-tmp"  # in Orbax's name of a step that is not whole
+
+
+class Damaged(Exception):
+    """A checkpoint that cannot be read, or not as it was written."""
+
 
 class Checkpoints:
-    """The checkpoints of one run directory. Close it, or the last one may not be complete."""
+    """The checkpoints of one run directory. Close it, or the last one may not be complete.
 
-    def __init__(self, run: Path, keep: int = 2) -> None:
-        self._run, self._keep = run.resolve(), keep  # Orbax wants absolute paths
-        self._best: Any = None
-        self._base: Any = None
-        self._best_directory = self._run / "best"
+    With `read_only` nothing on disk changes, whatever else trains there. `warn` is told, in one
+    line, what a person should know.
+    """
 
-    @cached_property
-    def _states(self) -> Any:
-        return _manager(self._run / "checkpoints", self._keep)
+    def __init__(
+        self,
+        run: Path,
+        keep: int = 2,
+        *,
+        read_only: bool = False,
+        warn: Callable[[str], None] = print,
+    ) -> None:
+        self._run, self._read_only, self._warn = run.resolve(), read_only, warn
+        self._states = _Steps(self._run / "checkpoints", keep, read_only)
+        self._best = _Steps(self._run / "best", 1, read_only)
+        self._base = _Steps(self._run / "base", 1, read_only)
 
     def latest_step(self) -> int | None:
-        return self._states.latest_step() if has_checkpoint(self._run) else None
+        return max(self._states.on_disk(), default=None)
 
     def clear(self) -> None:
         """Remove what a run that saved no step left here: it would pass for this one's."""
         for kept in ("best", "base"):
             shutil.rmtree(self._run / kept, ignore_errors=True)
 
-    def save(self, state: TrainState, step: int, progress: dict[str, Any]) -> None:
-        """Start writing the state after `step` steps, in place of one saved at that step."""
-        import orbax.checkpoint as ocp
+    def save(self, state: TrainState, step: int, progress: Mapping[str, Any]) -> None:
+        """Start writing the state after `step` steps; of one that is on disk, the progress alone.
 
-        self._wait_for_base()
-        items = ocp.args.Composite(
-            model=_saving(state.params),
-            optimizer=_saving(state.opt_state),
-            progress=ocp.args.JsonSave(progress),
-            **({} if state.average is None else {"average": _saving(state.average)}),
+        Raises what an earlier save, or the start of this one, has met; the next call starts anew.
+        """
+        self._base.wait()  # without which no checkpoint is whole
+        if named_arrays(state.frozen) and not self._base.on_disk():  # it failed, or vanished
+            self.save_base(state.frozen)
+            self._base.wait()
+        said = _sealed({**progress, "guard": state.guard.to_dict()})
+        self._states.wait()
+        if step in self._states.on_disk():
+            path = self._states.directory / str(step) / "progress" / "metadata"
+            return write_atomically(path, json.dumps(said).encode())
+        self._states.save(
+            step,
+            _trees(state),
+            {"progress": said},
         )
-        _replace(self._states, step, items)
 
     def save_base(self, frozen: GPT) -> None:
         """Start writing the parts that no step changes, in the dtypes that they came in."""
-        import orbax.checkpoint as ocp
-
-        self._base = _manager(self._run / "base", keep=1)
-        _replace(self._base, 0, ocp.args.Composite(model=_saving(frozen)))
+        self._base.save(0, {"model": frozen})
 
     def save_best(self, params: GPT, step: int) -> None:
-        """Keep this model in place of the best one so far."""
-        import orbax.checkpoint as ocp
-
-        self._wait_for_base()
-        if self._best is None:
-            self._best = _manager(self._best_directory, keep=1)
-        _replace(self._best, step, ocp.args.Composite(model=_saving(params)))
+        """Keep this model in place of the best one so far. Errors as `save`."""
+        self._base.wait()
+        self._best.wait()
+        if step not in self._best.on_disk():
+            self._best.save(step, {"model": params})
 
     def restore(self, skeleton: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest state and its progress; `skeleton` gives shapes and dtypes.
+        """The newest whole state and its progress; `skeleton` gives shapes and dtypes.
 
-        What the best directory holds of steps to be done again is removed.
+        A damaged one is set aside, under another name, and said aloud. What the best directory
+        holds of steps to be done again is removed. RunError if all are damaged.
         """
-        import orbax.checkpoint as ocp
-
-        step = self.latest_step()
-        if self._best_directory.exists():
-            self._best = _manager(self._best_directory, keep=1)
-            for later in [s for s in self._best.all_steps() if s > (step or 0)]:
-                self._best.delete(later)
-        average = skeleton.average
-        check_arrays(self._run / "checkpoints" / str(step) / "model", named_arrays(skeleton.params))
-        items = ocp.args.Composite(
-            model=_restoring(skeleton.params),
-            optimizer=_restoring(skeleton.opt_state),
-            progress=ocp.args.JsonRestore(),
-            **({} if average is None else {"average": _restoring(average)}),
+        damaged: dict[int, Damaged] = {}
+        for step in sorted(self._states.on_disk(), reverse=True):
+            try:
+                found = self._restored(skeleton, step)
+            except Damaged as error:
+                if step not in self._states.on_disk():  # a run that goes on has removed it
+                    return self.restore(skeleton)
+                damaged[step] = error
+                continue
+            for bad, error in damaged.items():
+                aside = "" if self._read_only else f", now {self._states.set_aside(bad).name}"
+                self._warn(f"CHECKPOINT {bad} IS DAMAGED{aside}, going on from {step}: {error}")
+            self._best.forget_after(step)
+            return found
+        reasons = "; ".join(f"{step}: {error}" for step, error in damaged.items())
+        raise RunError(
+            f"every checkpoint in {str(self._states.directory)!r} is damaged ({reasons}); put a "
+            "copy of one in its place, or start anew in another --out_dir"
         )
-        saved, frozen = self._states.restore(step, args=items), skeleton.frozen
+
+    def _restored(self, skeleton: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
+        item = self._states.directory / str(step) / "model"
+        check_arrays(item, named_arrays(skeleton.params))
+        saved = self._states.restore(step, _trees(skeleton), ("progress",))
+        progress = _unsealed(saved["progress"])
+        frozen = skeleton.frozen
         if named_arrays(frozen):
-            self._base = _manager(self._run / "base", keep=1)
-            base = self._base.restore(0, args=ocp.args.Composite(model=_restoring(frozen)))
-            frozen = with_arrays(frozen, base["model"])
+            try:
+                frozen = with_arrays(frozen, self._base.restore(0, {"model": frozen})["model"])
+            except Damaged as error:
+                raise RunError(
+                    f"the frozen weights in {str(self._base.directory)!r} are damaged ({error}), "
+                    "and no other file has them; put a copy in their place, or start anew"
+                ) from None
+        # A checkpoint from before there was a guard has seen nothing.
+        guard = Guard.init()
+        if (seen := progress.pop("guard", None)) is not None:
+            guard = Guard.from_dict(seen)
         state = TrainState(
             with_arrays(skeleton.params, saved["model"]),
             frozen,
             with_arrays(skeleton.opt_state, saved["optimizer"]),
             jnp.asarray(step, jnp.int32),
-            None if average is None else with_arrays(average, saved["average"]),
+            guard,
+            None if skeleton.average is None else with_arrays(skeleton.average, saved["average"]),
         )
-        return state, saved["progress"]
+        return state, progress
 
-    def _wait_for_base(self) -> None:
-        """Without which no checkpoint is whole."""
-        if self._base is not None:
-            self._base.wait_until_finished()
+    def failure(self) -> Exception | None:
+        """What a save that ended in the background has met, once."""
+        for steps in (self._states, self._best):
+            if not steps.busy():
+                try:
+                    steps.wait()
+                except Exception as error:
+                    return error
+        return None
 
     def wait(self) -> None:
-        """Until everything begun is on disk."""
-        for manager in self._opened():
-            manager.wait_until_finished()
+        """Until everything begun is on disk. Raises what was met instead."""
+        for steps in (self._base, self._states, self._best):
+            steps.wait()
 
     def close(self) -> None:
-        self.wait()
-        for manager in self._opened():
+        """What still fails here was said, or is said by who waits before."""
+        for steps in (self._base, self._states, self._best):
+            steps.drop()
+
+
+@dataclasses.dataclass
+class _Steps:
+    """A directory of checkpoints by step. After an error it is opened anew, without remnants."""
+
+    directory: Path
+    keep: int
+    read_only: bool
+    _begun: bool = False
+
+    @cached_property
+    def _manager(self) -> Any:
+        import orbax.checkpoint as ocp
+
+        if self.read_only:
+            options = ocp.CheckpointManagerOptions(save_interval_steps=0, create=False)
+            return ocp.CheckpointManager(self.directory, options=options)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, cleanup_tmp_directories=True)
+        return ocp.CheckpointManager(self.directory, options=options)
+
+    def on_disk(self) -> list[int]:
+        """The whole ones: a step gets its number last."""
+        if not self.directory.is_dir():
+            return []
+        return [int(path.name) for path in self.directory.iterdir() if path.name.isdecimal()]
+
+    def save(
+        self, step: int, trees: Mapping[str, PyTree], values: Mapping[str, Any] | None = None
+    ) -> None:
+        import orbax.checkpoint as ocp
+
+        arrays = {item: _written(named_arrays(tree)) for item, tree in trees.items()}
+        sums = {
+            item: {name: [str(named[name].dtype), sum_] for name, sum_ in checksums(named).items()}
+            for item, named in arrays.items()
+        }
+        values = {**(values or {}), "checksums": sums}
+        try:
+            items = {item: ocp.args.StandardSave(named) for item, named in arrays.items()}
+            items |= {item: ocp.args.JsonSave(value) for item, value in values.items()}
+            self._begun = True
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        except Exception:
+            self.drop()
+            raise
+
+    def restore(
+        self, step: int, trees: Mapping[str, PyTree], values: tuple[str, ...] = ()
+    ) -> dict[str, Any]:
+        """Damaged if anything but the shapes asked for and the bits saved comes out."""
+        import orbax.checkpoint as ocp
+
+        place = self.directory / str(step) / "checksums"
+        try:
+            # Older checkpoints have none.
+            sums = json.loads((place / "metadata").read_bytes()) if place.exists() else {}
+            items = {item: _restoring(tree, sums.get(item, {})) for item, tree in trees.items()}
+            items |= {item: ocp.args.JsonRestore() for item in values}
+            saved = self._manager.restore(step, args=ocp.args.Composite(**items))
+            found = {item: saved[item] for item in items}
+        except Exception as error:  # of json, orbax, tensorstore
+            self.drop()
+            reason = str(error).strip().partition("\n")[0][:200]
+            raise Damaged(reason or type(error).__name__) from None
+        for item, tree in trees.items():
+            if wrong := _changed(found[item], sums.get(item, {})):
+                raise Damaged(f"{item}: {', '.join(wrong)} changed since they were saved")
+            found[item] = {name: found[item][name].astype(leaf.dtype) for name, leaf in
+                           named_arrays(tree).items()}  # fmt: skip
+        return found
+
+    def set_aside(self, step: int) -> Path:
+        """Rename a damaged step, so that nobody takes it for one and nobody loses it."""
+        self.drop()
+        path, i = self.directory / f"{step}.damaged", 1
+        while path.exists():
+            path, i = self.directory / f"{step}.damaged{i}", i + 1
+        return (self.directory / str(step)).rename(path)
+
+    def forget_after(self, step: int) -> None:
+        for later in self.on_disk():
+            if later > step and not self.read_only:
+                # Renamed first: what a kill leaves is no checkpoint, and is swept up like others.
+                path = self.directory / str(later)
+                shutil.rmtree(path.rename(f"{path}{_PARTIAL}"), ignore_errors=True)
+
+    def busy(self) -> bool:
+        manager = vars(self).get("_manager")
+        return manager is not None and manager.is_saving_in_progress()
+
+    def wait(self) -> None:
+        """Until what was begun is on disk; raises what it met instead."""
+        if self._begun:
+            self._begun = False
+            try:
+                self._manager.wait_until_finished()
+            except Exception:
+                self.drop()
+                raise
+
+    def drop(self) -> None:
+        """Close, whatever it says, and remove what was half written."""
+        self._begun = False
+        manager = vars(self).pop("_manager", None)
+        if manager is None:
+            return
+        with contextlib.suppress(Exception):
             manager.close()
-
-    def _opened(self) -> list[Any]:
-        states = vars(self).get("_states")
-        return [m for m in (states, self._best, self._base) if m is not None]
-
-
-def _replace(manager: Any, step: int, items: Any) -> None:
-    manager.wait_until_finished()
-    if step in manager.all_steps():
-        manager.delete(step)
-    manager.save(step, args=items, force=True)
+        if not self.read_only:
+            for partial in self.directory.glob(f"*{_PARTIAL}*"):
+                shutil.rmtree(partial, ignore_errors=True)
 
 
-def _saving(tree: PyTree) -> Any:
-    import orbax.checkpoint as ocp
-
-    arrays = named_arrays(tree)
-    if jax.default_backend() == "cpu":
-        # Orbax writes a CPU's arrays from where they lie, and the next step, which takes them over
-        # (donation), would wait until they are written.
-        arrays = jax.block_until_ready(jax.tree.map(jnp.copy, arrays))
-    return ocp.args.StandardSave(arrays)
+def _trees(state: TrainState) -> dict[str, PyTree]:
+    """The items of a checkpoint that are arrays."""
+    trees = {"model": state.params, "optimizer": state.opt_state}
+    return trees if state.average is None else {**trees, "average": state.average}
 
 
-def _restoring(skeleton: PyTree) -> Any:
-    """The arrays of these shapes and dtypes, on this process's device, wherever they were saved."""
+def _written(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """The arrays as they are to be written, while steps go on."""
+    if jax.default_backend() != "cpu":
+        return dict(arrays)
+    # Orbax writes a CPU's arrays from where they lie, and the next step, which takes them over
+    # (donation), would wait until they are written.
+    return jax.block_until_ready(jax.tree.map(jnp.copy, dict(arrays)))
+
+
+def _changed(arrays: Mapping[str, Array], sums: Mapping[str, Any]) -> list[str]:
+    """Which arrays are not those that were saved."""
+    found = checksums({name: x for name, x in arrays.items() if name in sums})
+    return [name for name, value in found.items() if value != sums[name][1]]
+
+
+def _restoring(skeleton: PyTree, sums: Mapping[str, Any]) -> Any:
+    """The arrays of these shapes, in the dtypes that they were saved in, on this process's device,
+    wherever they were saved."""
     import orbax.checkpoint as ocp
 
     here = SingleDeviceSharding(jax.local_devices()[0])
     return ocp.args.StandardRestore(
         {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+            name: jax.ShapeDtypeStruct(
+                leaf.shape, sums[name][0] if name in sums else leaf.dtype, sharding=here
+            )
             for name, leaf in named_arrays(skeleton).items()
         }
     )
 
 
-def _manager(directory: Path, keep: int) -> Any:
-    import orbax.checkpoint as ocp
+def _sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {**values, "crc32": zlib.crc32(json.dumps(values, sort_keys=True).encode())}
 
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-    return ocp.CheckpointManager(directory, options=options)
+
+def _unsealed(values: dict[str, Any]) -> dict[str, Any]:
+    values = dict(values)
+    sealed = values.pop("crc32", None)
+    if sealed is not None and _sealed(values)["crc32"] != sealed:
+        raise Damaged("progress changed since it was saved")
+    return values

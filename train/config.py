@@ -136,6 +136,11 @@ class TrainConfig:
     """Decay of the second moment."""
     grad_clip: float = 1.0
     """Largest global norm of the gradient; 0 is no limit."""
+    skip_spikes: float = 0.0
+    """A step is skipped if its gradient's norm is more than so many times the median of the last
+    128, 10 say; 0: only if it is not finite, as always."""
+    max_skipped: int = 10
+    """Steps skipped in a row that end the run, with an error that names the data."""
     decay_lr: bool = True
     """Warm-up, then decay as lr_schedule says; otherwise the learning rate is constant."""
     lr_schedule: Schedule = "cosine"
@@ -169,6 +174,11 @@ class TrainConfig:
     """Steps between checkpoints. None: eval_interval."""
     checkpoint_minutes: float = 15.0
     """Minutes after which a checkpoint is written in any case; 0 is never."""
+    keep_checkpoints: int = 2
+    """The last so many are kept: should the newest be damaged, the one before it is taken."""
+    preemption_s: float = 0.0
+    """Seconds from the scheduler's SIGTERM to its SIGKILL: a run that cannot save its step by then
+    ends with its last checkpoint. 0: it takes its time."""
 
     precision: Precision = "auto"
     """What the model computes in; parameters and optimizer are float32. auto: bfloat16 on an
@@ -191,6 +201,7 @@ class TrainConfig:
         positive = (
             "batch_size", "gradient_accumulation_steps", "block_size", "n_layer", "n_head",
             "n_embd", "max_iters", "eval_interval", "eval_iters", "log_interval", "lr_decay_iters",
+            "max_skipped", "keep_checkpoints",
         )  # fmt: skip
         for name in (*positive, "micro_batch_size", "vocab_size", "checkpoint_interval", "n_inner",
                      "n_kv_head"):  # fmt: skip
@@ -199,9 +210,11 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         for name in ("lora_rank", "warmup_iters", "sample_interval", "seed", "weight_decay",
                      "grad_clip", "learning_rate", "min_lr", "checkpoint_minutes",
-                     "muon_learning_rate", "z_loss"):  # fmt: skip
+                     "muon_learning_rate", "z_loss", "preemption_s"):  # fmt: skip
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be 0 or above, got {getattr(self, name)}")
+        if self.skip_spikes != 0 and not 1 < self.skip_spikes < float("inf"):
+            raise ValueError(f"skip_spikes must be 0 or above 1, got {self.skip_spikes}")
         if not 0 < self.lora_alpha < float("inf"):
             raise ValueError(f"lora_alpha must be above 0, got {self.lora_alpha}")
         for name in ("rope_theta", "logit_softcap", "target_val_loss"):

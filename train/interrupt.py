@@ -1,10 +1,21 @@
-"""Ctrl-C and SIGTERM as a request that the loop answers between two micro-batches."""
+"""Ctrl-C, SIGTERM and SIGUSR1 as a request that the loop answers between two micro-batches.
 
+Schedulers send SIGTERM some seconds before SIGKILL, and SLURM what `--signal` names.
+"""
+
+import os
+import select
 import signal
+import socket
+import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
+
+_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
+_GRACE_S = 2.0  # to unwind in, after the second signal
 
 
 class Interrupted(Exception):
@@ -12,17 +23,29 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """While entered, the first Ctrl-C or SIGTERM is kept for `check`; a second one ends at once."""
+    """While entered, the first signal is kept for `check`; a second one ends at once.
 
-    def __init__(self, on_request: Callable[[], None]) -> None:
-        self._on_request = on_request
+    Python looks at signals only between two of its own instructions, which a step on a device may
+    keep it from for long. A thread hears them at once: it ends the process, with the signal's exit
+    code, `deadline_s` seconds after the first one (0: never; Ctrl-C has no deadline), or when a
+    second one is not answered. What was not on disk by then is lost, and nothing else.
+    """
+
+    def __init__(self, on_request: Callable[[], None], deadline_s: float = 0.0) -> None:
+        self._on_request, self._deadline_s = on_request, deadline_s
         self._requested: str | None = None
         self._previous: dict[int, Any] = {}
+        self._previous_fd = -1
+        self._sockets: tuple[socket.socket, socket.socket] | None = None
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
+            numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+            self._previous = {number: signal.signal(number, self._handle) for number in numbers}
+            ours, theirs = self._sockets = socket.socketpair()
+            theirs.setblocking(False)
+            self._previous_fd = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, args=(ours,), daemon=True).start()
         return self
 
     def __exit__(
@@ -33,6 +56,9 @@ class Interruption:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self._sockets is not None:
+            signal.set_wakeup_fd(self._previous_fd)
+            self._sockets[1].close()  # the thread hears that, and ends
 
     def check(self) -> None:
         """Interrupted, if a signal has come."""
@@ -44,3 +70,32 @@ class Interruption:
             raise KeyboardInterrupt
         self._requested = signal.Signals(number).name
         self._on_request()
+
+    def _watch(self, ours: socket.socket) -> None:
+        end, why, first = float("inf"), "", 0
+        with ours:
+            while True:
+                left = min(end - time.monotonic(), 3600.0)
+                if left <= 0:
+                    _end_now(first, why)
+                if not select.select([ours], [], [], left)[0]:
+                    continue
+                heard = ours.recv(64)
+                if not heard:
+                    return
+                for number in heard:
+                    if number not in self._previous:
+                        continue
+                    if first:
+                        end, why = time.monotonic() + _GRACE_S, "a second signal came"
+                    elif self._deadline_s and number != signal.SIGINT:
+                        end = time.monotonic() + self._deadline_s
+                        why = f"preemption_s={self._deadline_s:g} is over"
+                    first = first or number
+
+
+def _end_now(number: int, why: str) -> None:
+    cursor = "\x1b[?25h\n" if sys.stderr.isatty() else ""
+    message = f"{cursor}ended at once, for {why}: the last checkpoint on disk counts\n"
+    os.write(2, message.encode())
+    os._exit(128 + number)

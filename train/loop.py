@@ -3,9 +3,10 @@
 import dataclasses
 import math
 import operator
+import signal
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from eqx_gpt.generate import generate
 from eqx_gpt.gpt import GPT
 from eqx_gpt.text import with_tokens_of
 from eqx_gpt.tree import cast, count_params
+from train.batches import bad_steps
 from train.checkpoint import Checkpoints
 from train.clock import Clock
 from train.config import TrainConfig
@@ -27,10 +29,12 @@ from train.data import prefetched
 from train.devices import Execution
 from train.display import Display
 from train.evaluate import sampled_loss
+from train.guard import BadSteps
 from train.header import header
 from train.history import add_sample
 from train.interrupt import Interrupted, Interruption
-from train.loggers import extra_loggers
+from train.lock import locked
+from train.loggers import Logger, extra_loggers
 from train.manifest import SPLITS, Manifest
 from train.metrics import MetricsFile, flops_per_token
 from train.optimizer import make_optimizer
@@ -41,6 +45,7 @@ from train.profile import Profile
 from train.provenance import add_process, process_record
 from train.report import try_report
 from train.run import RunError, check_startable, has_checkpoint, resumed_model, write_run
+from train.saving import Saver, Unharmed
 from train.schedules import learning_rate
 from train.start import computing, new_state, skeleton, started_model
 from train.step import (
@@ -61,11 +66,20 @@ PLOT_EVERY_S = 60.0  # drawing takes a second, and a short run gets its plot at 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: the steps done, the signal that interrupted it, its last evaluation."""
+    """How a run ended: the steps done, the signal that interrupted it, its last evaluation, and
+    whether its last step is on disk."""
 
     steps_done: int
     interrupted_by: str | None
     val_loss: float | None
+    saved: bool = True
+
+    @property
+    def exit_code(self) -> int:
+        """As of a process that the signal ended; 1 if what it did is not on disk."""
+        if self.interrupted_by is not None:
+            return 128 + signal.Signals[self.interrupted_by]
+        return 0 if self.saved else 1
 
 
 @dataclass(frozen=True)
@@ -110,19 +124,23 @@ def train(
     else:
         config, model_cfg = started_model(config, data, start)
         skeleton(config, model_cfg, jnp.float32)  # wrong names end here, with nothing written
-        write_run(config, model_cfg, data)
-    with Display(config.max_iters) as display:
+    writes = jax.process_index() == 0 and not (resume and config.eval_only)
+    with locked(config.out_dir) if writes else nullcontext(), Display(config.max_iters) as display:
+        if not resume:
+            check_startable(config.out_dir)  # another may have run here in the meantime
+            write_run(config, model_cfg, data)
         trainer = Trainer(config, data, model_cfg, start, display, process, began)
         del start  # its arrays are copied
         if resume and not config.eval_only:
             write_run(config, model_cfg, data)
-        try:
-            with Interruption(
-                lambda: display.line("stopping soon; once more ends at once, unsaved")
-            ) as signals:
+        with Interruption(
+            lambda: display.line("stopping soon; once more ends at once, unsaved"),
+            config.preemption_s,
+        ) as signals:
+            try:
                 return trainer.run(signals)
-        finally:
-            trainer.close()
+            finally:
+                trainer.close()
 
 
 class Trainer:
@@ -141,6 +159,7 @@ class Trainer:
         """`began`: what `time.monotonic()` was when the time of the run began; None is now."""
         began = time.monotonic() if began is None else began
         self.config, self.data, self.display = config, data, display
+        self.model_cfg, self.unharmed = model_cfg, Unharmed(display.line)
         self.directory = Path(config.out_dir)
         self.windows = windows_of(data, "train", config.block_size, config.seed)
         # Evaluations of different runs compare, so their batches do not depend on the seed.
@@ -160,11 +179,14 @@ class Trainer:
 
         key_model, key_steps = jax.random.split(jax.random.key(config.seed))
         self.recipe = Recipe(
-            make_optimizer(config), self.execution.dtype, key_steps,
-            config.z_loss, config.label_smoothing, config.ema_decay,
+            make_optimizer(config), self.execution.dtype, key_steps, config.z_loss,
+            config.label_smoothing, config.ema_decay, config.skip_spikes,
         )  # fmt: skip
         self.learning_rate = jax.jit(learning_rate(config))
-        self.checkpoints = Checkpoints(self.directory)
+        self.newest: tuple[int, StepMetrics] | None = None
+        self.checkpoints = Checkpoints(
+            self.directory, config.keep_checkpoints, read_only=config.eval_only, warn=display.line
+        )
         if self.checkpoints.latest_step() is None:
             if not config.eval_only:
                 self.checkpoints.clear()
@@ -178,7 +200,9 @@ class Trainer:
             self.state, progress = self.checkpoints.restore(shapes)
             self.progress = Progress(**progress)
         self.steps_done = int(self.state.step)
-        self.saved = (self.steps_done, self.progress.evaluated_at)
+        self.saver = Saver(self.checkpoints, self.directory, self._mend_directory, display.line)
+        if self.steps_done:
+            self.saver.restored(self.steps_done, self.progress.evaluated_at)
         if self.steps_done >= config.max_iters and not config.eval_only:
             self.checkpoints.close()
             raise RunError(
@@ -186,18 +210,19 @@ class Trainer:
                 f"max_iters={config.max_iters}; to go on, give a larger --max_iters"
             )
 
-        self.metrics = MetricsFile(
-            self.directory / "metrics.jsonl", self.steps_done, self.progress.evaluated_at
-        )
+        self.metrics: MetricsFile | None = None
         self.closing = ExitStack()
-        self.loggers = [self.metrics.write]
-        if config.eval_only and self.steps_done:
-            self.loggers = []  # a look at a run is no part of it
-        else:
-            resumed = self.steps_done > 0
-            self.loggers += extra_loggers(config, n_params, resumed=resumed, closing=self.closing)
+        self.loggers: dict[int, Logger] = {}
+        if not (config.eval_only and self.steps_done):  # a look at a run is no part of it
+            self.metrics = MetricsFile(
+                self.directory / "metrics.jsonl", self.steps_done, self.progress.evaluated_at
+            )
+            more = extra_loggers(
+                config, n_params, resumed=self.steps_done > 0, closing=self.closing
+            )
+            self.loggers = dict(enumerate([self.metrics.write, *more]))
         self.reached = False
-        self.saved_at = self.plotted_at = time.monotonic()
+        self.plotted_at = time.monotonic()
         self.profile = Profile(self.directory, config.profiled)
         self.clock = Clock(self.progress.seconds, self.progress.elapsed_s, since=began)
         self.display.header(
@@ -211,16 +236,19 @@ class Trainer:
 
     def close(self) -> None:
         self.checkpoints.close()
-        self.metrics.close()
-        self.closing.close()
+        if self.metrics is not None:
+            self.metrics.close()
+        with self.unharmed("closing the loggers"):
+            self.closing.close()
 
     def run(self, signals: Interruption) -> Outcome:
         """Train to the end or to the interruption, and leave the last whole step on disk."""
-        out_dir, interrupted_by = self.config.out_dir, None
+        out_dir, interrupted_by, saved = self.config.out_dir, None, True
         if not self.config.eval_only:
             precision = jnp.dtype(self.execution.dtype).name
             record = process_record(steps_done=self.steps_done, precision=precision)
-            add_process(self.directory, record)
+            with self.unharmed("run.json"):
+                add_process(self.directory, record)
         try:
             if self.config.eval_only:
                 with self.clock.phase("evaluation"):
@@ -232,9 +260,9 @@ class Trainer:
         if not self.config.eval_only:
             if self.steps_done:
                 with self.clock.phase("checkpoint"):
-                    self._save()
-                    self.checkpoints.wait()
-                self.display.line(f"step {self.steps_done} is saved in {out_dir}")
+                    saved = self._save(wait=True)
+                if saved:
+                    self.display.line(f"step {self.steps_done} is saved in {out_dir}")
             else:
                 self.display.line("no step was complete, so there was nothing to save")
             if interrupted_by is None:
@@ -245,14 +273,16 @@ class Trainer:
                     f"--init_from resume --out_dir {out_dir}"
                 )
         with self.clock.phase("other"):
-            self._tell(*self.profile.close(self.steps_done))
-            plot_losses(self.directory)
+            with self.unharmed("profile"):
+                self._tell(*self.profile.close(self.steps_done))
+            with self.unharmed("loss.png"):
+                plot_losses(self.directory)
             self._tell(*try_report(self.directory))
         if not self.config.eval_only:
             tokens = self.steps_done * self.tokens_per_step
             flops = tokens * self.flops_per_token
             self._tell(*summary(self.clock.seconds(), tokens, flops, self.peak_flops))
-        return Outcome(self.steps_done, interrupted_by, self.progress.val_loss)
+        return Outcome(self.steps_done, interrupted_by, self.progress.val_loss, saved)
 
     def _train(self, signals: Interruption) -> None:
         config, clock = self.config, self.clock
@@ -277,8 +307,10 @@ class Trainer:
                         # for the one before keeps the host from running further ahead.
                         jax.block_until_ready(previous)
                     self.steps_done += 1
-                    previous = metrics
-                    with clock.phase("other"):
+                    if previous is not None:
+                        self._check_guard()
+                    previous, self.newest = metrics, (step, metrics)
+                    with clock.phase("other"), self.unharmed("profile"):
                         self._tell(*self.profile.after(self.steps_done, metrics))
                     if step % config.log_interval == 0 or self.steps_done == config.max_iters:
                         jax.block_until_ready(metrics)
@@ -320,21 +352,22 @@ class Trainer:
         config, step = self.config, self.steps_done
         if step == 0:
             if config.init_from != "scratch":  # what the weights that were given are worth
-                with self.clock.phase("evaluation"):
+                with self.clock.phase("evaluation"), self.unharmed("evaluation", once=False):
                     self._evaluate(signals)
             return
+        self.saver.poll()
         at_end = step == config.max_iters
         evaluates = step % config.eval_interval == 0 or at_end
         samples = config.sample_interval and step % config.sample_interval == 0
-        overdue = 0 < config.checkpoint_minutes * 60 < time.monotonic() - self.saved_at
+        overdue = 0 < config.checkpoint_minutes * 60 < time.monotonic() - self.saver.saved_at
         saves = step % (config.checkpoint_interval or config.eval_interval) == 0 or overdue
         if evaluates or samples or saves:
             jax.block_until_ready(self.state)  # which is still time of the step
         if evaluates and self.progress.evaluated_at != step:
-            with self.clock.phase("evaluation"):
+            with self.clock.phase("evaluation"), self.unharmed("evaluation", once=False):
                 self._evaluate(signals)
         if samples:
-            with self.clock.phase("other"):
+            with self.clock.phase("other"), self.unharmed("sample", once=False):
                 self._show_sample()
         if saves:
             with self.clock.phase("checkpoint"):
@@ -369,7 +402,8 @@ class Trainer:
         self._log({"iter": step, "val_loss": losses["val"], "eval_train_loss": losses["train"]})
         if time.monotonic() - self.plotted_at > PLOT_EVERY_S:
             with self.clock.phase("other"):
-                plot_losses(self.directory)
+                with self.unharmed("loss.png"):
+                    plot_losses(self.directory)
                 self._tell(*try_report(self.directory))
             self.plotted_at = time.monotonic()
 
@@ -405,7 +439,7 @@ class Trainer:
             best_val_loss=val_loss if improved else best,
         )
         if improved and not config.always_save_checkpoint and not config.eval_only:
-            with self.clock.phase("checkpoint"):
+            with self.clock.phase("checkpoint"), self.unharmed("best checkpoint", once=False):
                 self.checkpoints.save_best(self.state.best_params, self.steps_done)
         return "" if best is None or not improved else ", the best so far"
 
@@ -420,25 +454,47 @@ class Trainer:
         self.display.line(f"sample at {self.steps_done}: {text}")
         add_sample(self.directory, self.steps_done, text)
 
-    def _save(self) -> None:
-        """Nothing if a checkpoint of this step knows of this step's evaluation already."""
-        now = (self.steps_done, self.progress.evaluated_at)
-        if self.saved == now:
-            return
+    def _save(self, *, wait: bool = False) -> bool:
+        """Is the newest step on disk, or without `wait`, on its way? See `Saver`."""
+        self._check_guard()
         seconds = self.clock.seconds()
         self.progress = dataclasses.replace(
             self.progress, elapsed_s=sum(seconds.values()), seconds=seconds
         )
-        self.checkpoints.save(self.state, self.steps_done, dataclasses.asdict(self.progress))
-        self.saved = now
-        self.saved_at = time.monotonic()
+        progress = dataclasses.asdict(self.progress)
+        return self.saver.save(self.state, self.steps_done, progress, wait=wait)
+
+    def _mend_directory(self) -> None:
+        write_run(self.config, self.model_cfg, self.data)
+        if self.metrics is not None:
+            self.metrics.rescue()
+
+    def _check_guard(self) -> None:
+        """Say that the newest step was skipped. BadSteps if too many were in a row."""
+        if self.newest is None or not (in_row := int(self.newest[1].in_row)):
+            return
+        (step, metrics), self.newest = self.newest, None
+        self.display.line(
+            f"STEP {step} SKIPPED, {in_row} in a row: loss {float(metrics.loss):.4g}, "
+            f"gradient norm {float(metrics.grad_norm):.4g}"
+        )
+        if in_row >= self.config.max_skipped:
+            raise BadSteps(
+                bad_steps(
+                    self.data, self.windows, step, self.config.global_batch_size, in_row,
+                    self.config.out_dir,
+                )
+            )  # fmt: skip
 
     def _log_step(self, step: int, metrics: StepMetrics, tokens_per_s: float) -> None:
+        # The schedule is the optimizer's, which has not seen the steps skipped.
+        skipped_before = int(metrics.skipped) - (int(metrics.in_row) > 0)
         record = {
             "iter": step,
             "train_loss": float(metrics.loss),
-            "lr": float(self.learning_rate(step)),
+            "lr": float(self.learning_rate(step - skipped_before)),
             "grad_norm": float(metrics.grad_norm),
+            "skipped": int(metrics.skipped),
             "tokens_per_s": tokens_per_s,
             "mfu": self._mfu(tokens_per_s),
         }
@@ -449,8 +505,9 @@ class Trainer:
         tokens = self.steps_done * self.tokens_per_step
         record |= account(self.clock.seconds(), tokens, tokens * self.flops_per_token)
         record["dataset"] = self.data.name
-        for logger in self.loggers:
-            logger(record)
+        for i, logger in self.loggers.items():
+            with self.unharmed(f"logger {i}" if i else "metrics.jsonl"):
+                logger(record)
 
     def _tell(self, *lines: str) -> None:
         for line in lines:

@@ -1,10 +1,13 @@
 """What a step costs in arithmetic, and where the numbers of a run go: metrics.jsonl."""
 
+import errno
 import json
 import math
 import os
 from pathlib import Path
 from typing import Any
+
+from train.files import write_atomically
 
 
 def flops_per_token(n_params: int, n_layer: int, n_embd: int, seq: int, n_frozen: int = 0) -> float:
@@ -34,13 +37,33 @@ class MetricsFile:
         partial = path.with_suffix(".jsonl.partial")
         partial.write_text("".join(kept), encoding="utf-8")
         os.replace(partial, path)
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._unwritten = path, b""
+        self._file = path.open("a+b", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
+        """OSError if it cannot be written; it is then, before the next one."""
         # JSON has no NaN.
         plain = {k: None if _is_nan(value) else value for k, value in record.items()}
-        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
-        self._file.flush()
+        self._unwritten += (json.dumps(plain, allow_nan=False) + "\n").encode()
+        size = self._file.seek(0, os.SEEK_END)
+        n_written = 0
+        try:
+            n_written = self._file.write(self._unwritten)
+        finally:
+            if n_written < len(self._unwritten):
+                self._file.truncate(size)  # half a line would spoil the next
+        if n_written < len(self._unwritten):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._unwritten = b""
+
+    def rescue(self) -> None:
+        """Write the file again, should its directory have been removed under the open file."""
+        if not self._path.exists():
+            self._file.seek(0)
+            content = self._file.read()
+            write_atomically(self._path, content)
+            self._file.close()
+            self._file = self._path.open("a+b", buffering=0)
 
     def close(self) -> None:
         self._file.close()

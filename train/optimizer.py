@@ -13,6 +13,7 @@ import optax
 from jaxtyping import PyTree
 
 from eqx_gpt import lora
+from eqx_gpt.shapes import Scalar
 from eqx_gpt.tree import map_with_roles, matching, name_of, named_arrays
 from train.config import OptimizerName, TrainConfig
 from train.muon import scale_by_muon
@@ -38,17 +39,17 @@ def trainable(config: TrainConfig, model: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(lambda path, _: name_of(path) not in frozen, model)
 
 
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
     """Gradients -> what to add to the parameters; see `RULES`.
 
     All decays but biases and norms, as AdamW's (arXiv:1711.05101), by the learning rate times
     `weight_decay`; `decay_scale` and `lr_scale` change that by name.
 
+    Whoever knows the gradient's global norm may give it to `update` as `norm`.
+
     **Raises:** ValueError, at `init`, if a pattern of those fits nothing.
     """
-    clip = (
-        optax.identity() if config.grad_clip == 0 else optax.clip_by_global_norm(config.grad_clip)
-    )
+    clip = optax.identity() if config.grad_clip == 0 else clip_by_norm(config.grad_clip)
     rule = RULES[config.optimizer](config)
     if config.moment_dtype == "bfloat16":
         rule = kept_in(rule, jnp.bfloat16)
@@ -56,13 +57,31 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     optimizer = optax.chain(clip, optax.chain(rule, _decay(config), schedule, _by_name(config)))
 
     def update(
-        updates: PyTree, state: optax.OptState, params: PyTree | None = None
+        updates: PyTree, state: optax.OptState, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, optax.OptState]:
         # optax multiplies floats by its int32 count of steps.
         with jax.numpy_dtype_promotion("standard"):
-            return optimizer.update(updates, state, params)
+            return optimizer.update(updates, state, params, **extra)
 
-    return optax.GradientTransformation(optimizer.init, update)
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+
+def clip_by_norm(limit: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm`, but that who knows the global norm may give it as `norm`."""
+
+    def update(
+        updates: PyTree,
+        state: optax.OptState,
+        params: PyTree | None = None,
+        *,
+        norm: Scalar | None = None,
+        **extra: Any,
+    ) -> tuple[PyTree, optax.OptState]:
+        size = optax.tree.norm(updates) if norm is None else norm
+        small = size < limit
+        return jax.tree.map(lambda u: jnp.where(small, u, (u / size) * limit), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def _adam(config: TrainConfig) -> optax.GradientTransformation:

@@ -28,7 +28,15 @@ from train.loss import next_token_loss
 from train.metrics import flops_per_token
 from train.optimizer import make_optimizer
 from train.start import computing, new_state, skeleton
-from train.step import Gradients, Recipe, TrainState, add_gradients, apply_gradients, train_step
+from train.step import (
+    Gradients,
+    Recipe,
+    TrainState,
+    add_gradients,
+    apply_added,
+    apply_gradients,
+    train_step,
+)
 
 MFU = 0.45
 """Of published figures, 35 to 65 %: levanter, midGPT, nanochat, MaxText."""
@@ -255,7 +263,7 @@ def _compiled_memory(
         gradients = eqx.filter_eval_shape(Gradients.zero, state.params)
         programs = [
             (add_gradients, (recipe, micro, state), gradients),
-            (apply_gradients, recipe, gradients, state),
+            (apply_added, (recipe, gradients), state),
         ]
     held, temporary = 0.0, 0.0
     for function, *arguments in programs:

@@ -21,6 +21,7 @@ from jaxtyping import Array, Int, PyTree
 from eqx_gpt.config import GPTConfig
 from eqx_gpt.gpt import GPT
 from eqx_gpt.shapes import PRNGKey, Scalar
+from train.guard import Guard
 from train.loss import next_token_loss
 from train.packing import Packed
 
@@ -37,6 +38,7 @@ class TrainState(eqx.Module):
     frozen: GPT
     opt_state: PyTree
     step: Int[Array, ""]
+    guard: Guard
     average: GPT | None = None
 
     @staticmethod
@@ -51,7 +53,8 @@ class TrainState(eqx.Module):
         params, frozen = eqx.partition(model, trainable)
         opt_state = optimizer.init(params)
         average = jax.tree.map(jnp.copy, params) if averaged else None
-        return TrainState(params, frozen, opt_state, jnp.zeros((), jnp.int32), average)
+        step = jnp.zeros((), jnp.int32)
+        return TrainState(params, frozen, opt_state, step, Guard.init(), average)
 
     @property
     def model(self) -> GPT:
@@ -84,15 +87,19 @@ class Gradients(eqx.Module):
 
 
 class StepMetrics(eqx.Module):
-    """Of one step: the loss before it in nats a token, the gradient's norm before clipping."""
+    """Of one step: the loss before it in nats a token, the gradient's norm before clipping, and how
+    many steps were not taken so far, in all and in a row up to this one."""
 
     loss: Scalar
     grad_norm: Scalar
+    skipped: Int[Array, ""]
+    in_row: Int[Array, ""]
 
 
 class Recipe(eqx.Module):
     """What stays fixed over a run: the update rule, the dtype of the products, the randomness,
-    what the loss trained on adds to the cross-entropy, the weights' average."""
+    what the loss trained on adds to the cross-entropy, the weights' average, and how many times the
+    usual norm of the gradient is a spike, 0 for never."""
 
     optimizer: optax.GradientTransformation = eqx.field(static=True)
     dtype: DTypeLike = eqx.field(static=True)
@@ -100,6 +107,7 @@ class Recipe(eqx.Module):
     z_loss: float = eqx.field(static=True, default=0.0)
     label_smoothing: float = eqx.field(static=True, default=0.0)
     ema_decay: float = eqx.field(static=True, default=0.0)
+    skip_spikes: float = eqx.field(static=True, default=0.0)
 
 
 def check_windows(windows: Array | Packed, config: GPTConfig, rank: int) -> None:
@@ -153,12 +161,20 @@ def add_gradients(
     return _add(recipe, windows, state, gradients)
 
 
-@eqx.filter_jit(donate="all-except-first")
 def apply_gradients(
     recipe: Recipe, gradients: Gradients, state: TrainState
 ) -> tuple[TrainState, StepMetrics]:
-    """End a step with the mean of the gradients added. Donates both."""
-    return _apply(recipe, gradients, state)
+    """End a step with the mean of the gradients added. Donates `state`."""
+    return apply_added((recipe, gradients), state)
+
+
+# Gradients have the shapes of the state: donated, they would be taken for its new arrays, and the
+# old ones, which are updated in place otherwise, would be copied.
+@eqx.filter_jit(donate="all-except-first")
+def apply_added(
+    inputs: tuple[Recipe, Gradients], state: TrainState
+) -> tuple[TrainState, StepMetrics]:
+    return _apply(*inputs, state)
 
 
 def compile_step(
@@ -177,7 +193,7 @@ def compile_step(
     micro = jax.tree.map(operator.itemgetter(0), windows)
     gradients = Gradients.zero(state.params)
     _compile(add_gradients, (recipe, micro, state), gradients)
-    _compile(apply_gradients, recipe, gradients, state)
+    _compile(apply_added, (recipe, gradients), state)
 
 
 def _compile(function: Any, *arguments: PyTree) -> None:
@@ -229,18 +245,30 @@ def _apply(
     recipe: Recipe, gradients: Gradients, state: TrainState
 ) -> tuple[TrainState, StepMetrics]:
     count = gradients.count.astype(jnp.float32)
-    grads = jax.tree.map(lambda g: g / count, gradients.params)
-    params: Any = state.params  # any PyTree; optax's annotation knows fewer
-    updates, opt_state = recipe.optimizer.update(grads, state.opt_state, params)
-    params = eqx.apply_updates(state.params, updates)
-    metrics = StepMetrics(gradients.loss / count, optax.tree.norm(grads))
-    average = _averaged(recipe.ema_decay, state, params)
-    return TrainState(params, state.frozen, opt_state, state.step + 1, average), metrics
+    optimizer = optax.with_extra_args_support(recipe.optimizer)
+
+    def update(old: tuple[GPT, PyTree, GPT | None]) -> tuple[GPT, PyTree, GPT | None]:
+        grads: Any = jax.tree.map(lambda g: g / count, gradients.params)  # any PyTree;
+        params: Any = old[0]  # optax's annotation knows fewer
+        updates, opt_state = optimizer.update(grads, old[1], params, norm=norm)
+        params = eqx.apply_updates(old[0], updates)
+        return params, opt_state, _averaged(recipe.ema_decay, state.step, old[2], params)
+
+    # Of the sums: the means are in use only within `update`, and are never written out.
+    loss, norm = gradients.loss / count, optax.tree.norm(gradients.params) / count
+    taken = state.guard.takes(loss, norm, recipe.skip_spikes)
+    # Choosing between old and new arrays would keep XLA's CPU backend from updating in place.
+    old = (state.params, state.opt_state, state.average)
+    params, opt_state, average = lax.cond(taken, update, lambda old: old, old)
+    guard = state.guard.after(taken, norm)
+    metrics = StepMetrics(loss, norm, guard.skipped, guard.in_row)
+    state = TrainState(params, state.frozen, opt_state, state.step + 1, guard, average)
+    return state, metrics
 
 
-def _averaged(decay: float, state: TrainState, params: GPT) -> GPT | None:
+def _averaged(decay: float, step: Array, average: GPT | None, params: GPT) -> GPT | None:
     """Of the weights after each step; the first ones count in full."""
-    if state.average is None:
+    if average is None:
         return None
-    kept = jnp.where(state.step == 0, 0.0, decay)
-    return jax.tree.map(lambda a, p: kept * a + (1 - kept) * p, state.average, params)
+    kept = jnp.where(step == 0, 0.0, decay)
+    return jax.tree.map(lambda a, p: kept * a + (1 - kept) * p, average, params)

@@ -7,14 +7,18 @@ checkpoints/<step>/model/     an Orbax item: dotted name -> array (`eqx_gpt.tree
 checkpoints/<step>/average/   the same, where the run averages its weights
 best/<step>/model/            the same, where the run kept the best
 base/0/model/                 the same, of frozen parts: no other checkpoint has them
+.../<step>/checksums/metadata JSON: {"model": {name: [dtype, a number of `eqx_gpt.checksum`]}}
 """
 
+import json
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 
+from eqx_gpt.checksum import checksums
 from eqx_gpt.config import GPTConfig, LoRAConfig
 from eqx_gpt.record import conflict
 from eqx_gpt.tokenizer import Tokenizer, fingerprint
@@ -62,16 +66,24 @@ def run_checkpoint(run_dir: Path) -> Path:
 
     WeightsError if there is none yet.
     """
+    return _checkpoints(run_dir)[0]
+
+
+def _checkpoints(run_dir: Path) -> list[Path]:
+    """All that could be taken, in this order."""
+    found = []
     for kept in ("best", "checkpoints"):
         # Orbax writes a step under another name, and gives it its number when it is whole.
         steps = [p.parent for p in (run_dir / kept).glob("*/model") if p.parent.name.isdecimal()]
-        if steps:
-            last = max(steps, key=lambda step: int(step.name))
-            average = last / "average"
-            return average if average.exists() else last / "model"
-    raise WeightsError(
-        f"{run_dir} has no checkpoint yet; train until the first one is saved, or give another run"
-    )
+        for step in sorted(steps, key=lambda step: int(step.name), reverse=True):
+            average = step / "average"
+            found.append(average if average.exists() else step / "model")
+    if not found:
+        raise WeightsError(
+            f"{run_dir} has no checkpoint yet; train until the first one is saved, or give "
+            "another run"
+        )
+    return found
 
 
 def read_run_arrays(
@@ -80,11 +92,29 @@ def read_run_arrays(
     """The arrays of the checkpoint, in the shapes, dtypes and shardings of `leaves`.
 
     However they were sharded when saved. What a checkpoint lacks is taken from the frozen parts.
-    WeightsError if the checkpoint is damaged or holds other arrays.
+    A damaged one is passed over, with a warning, in favour of the next: best, last, the one before.
+    WeightsError if all are damaged, or if one holds other arrays.
     """
-    path = run_checkpoint(run_dir).resolve()
+    damaged: list[DamagedError] = []
+    for path in _checkpoints(run_dir.resolve()):
+        try:
+            arrays = _read_arrays(run_dir.resolve(), path, leaves)
+        except DamagedError as error:
+            if not path.is_dir():  # a run that goes on has removed it
+                return read_run_arrays(run_dir, leaves)
+            damaged.append(error)
+            continue
+        for error in damaged:
+            warnings.warn(f"{error}; taking {path.parent}", stacklevel=2)
+        return arrays
+    raise WeightsError("; ".join(map(str, damaged)))
+
+
+def _read_arrays(
+    run_dir: Path, path: Path, leaves: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
     stored, frozen = _stored(path), {}
-    if leaves.keys() - stored.keys() and (base := run_dir.resolve() / "base/0/model").is_dir():
+    if leaves.keys() - stored.keys() and (base := run_dir / "base/0/model").is_dir():
         frozen = {name: x for name, x in _stored(base).items() if name not in stored}
         frozen = _restored(base, frozen, {n: x for n, x in leaves.items() if n in frozen})
         leaves = {name: x for name, x in leaves.items() if name not in frozen}
@@ -116,15 +146,29 @@ def _restored(
     if problems:
         raise_problems(str(path), sorted(problems))
     try:
+        place = path.parent / "checksums"
+        # Older checkpoints have none.
+        sums = json.loads((place / "metadata").read_bytes())["model"] if place.exists() else {}
+        # As they were saved, for these bits have a checksum.
+        saved = {n: _with_dtype(x, sums[n][0] if n in sums else x.dtype) for n, x in leaves.items()}
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(path, dict(leaves))
+            arrays = checkpointer.restore(path, saved)
+        found = checksums({name: x for name, x in arrays.items() if name in sums})
     except Exception as error:
         raise _damaged(path, error) from error
+    if wrong := [name for name, value in found.items() if value != sums[name][1]]:
+        raise _damaged(path, ValueError(f"{', '.join(wrong)} changed since they were saved"))
+    return {name: arrays.pop(name).astype(leaf.dtype) for name, leaf in leaves.items()}
 
 
-def _damaged(path: Path, error: Exception) -> WeightsError:
+def _with_dtype(leaf: jax.ShapeDtypeStruct, dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+
+
+class DamagedError(WeightsError):
+    """A checkpoint that cannot be read, or not as it was written."""
+
+
+def _damaged(path: Path, error: Exception) -> DamagedError:
     reason = str(error).strip().partition("\n")[0][:300] or type(error).__name__
-    return WeightsError(
-        f"{path}: the checkpoint is damaged ({reason}); remove the directory of that step to take "
-        "the one before"
-    )
+    return DamagedError(f"{path}: the checkpoint is damaged ({reason})")

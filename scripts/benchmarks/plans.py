@@ -5,6 +5,7 @@ scripts/train.py then takes: its peak of resident memory before the first save, 
 of its steps after the first two. One line of JSON goes to stdout.
 """
 
+import itertools
 import json
 import statistics
 import subprocess
@@ -78,7 +79,7 @@ def measured(flags: list[str]) -> tuple[float, float]:
     out_dir = Path(flags[flags.index("--out_dir") + 1])
     records = [json.loads(line) for line in (out_dir / "metrics.jsonl").open(encoding="utf-8")]
     ends = [record["elapsed_s"] for record in records if record["iter"] >= 1]
-    steps = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(ends)]
     return 1024.0 * float(peak.split()[1]), statistics.median(steps)
 
 

@@ -1,0 +1,353 @@
+"""What a run survives: damaged files, full disks, kills, failures of what is beside training."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_run import FLAGS, ROOT, command, losses, make_dataset, run, start
+
+import train.loop
+from eqx_gpt.checksum import checksums
+from train.checkpoint import Checkpoints
+from train.compare import differences
+from train.config import TrainConfig, model_config
+from train.interrupt import Interrupted
+from train.lock import locked
+from train.loop import train as run_training
+from train.manifest import Manifest
+from train.metrics import MetricsFile
+from train.run import RunError
+from train.start import skeleton
+from weights import WeightsError, from_pretrained
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("place")
+    make_dataset(place / "data")
+    return place
+
+
+@pytest.fixture(scope="module")
+def data(place):
+    return Manifest.read(place / "data" / "tiny")
+
+
+@pytest.fixture(scope="module")
+def config(place):
+    flags = {**FLAGS, "max_iters": 12, "lr_decay_iters": 12, "eval_interval": 4,
+             "checkpoint_interval": 4, "precision": "float32"}  # fmt: skip
+    return TrainConfig(**flags, data_dir=str(place / "data"), keep_checkpoints=3)
+
+
+@pytest.fixture(scope="module")
+def straight(config, data, place):
+    run_training(dataclasses.replace(config, out_dir=str(place / "straight")), data)
+    return place / "straight"
+
+
+@pytest.fixture
+def copied(straight, tmp_path):
+    return shutil.copytree(straight, tmp_path / "run")
+
+
+def at(config, directory):
+    return dataclasses.replace(config, out_dir=str(directory))
+
+
+# Checkpoints
+
+
+def largest(directory, pattern="d/*"):
+    return max(directory.rglob(pattern), key=lambda path: path.stat().st_size)
+
+
+def truncate(step):
+    os.truncate(largest(step / "model"), 100)
+
+
+def remove(step):
+    largest(step / "optimizer").unlink()
+
+
+def no_progress(step):
+    (step / "progress/metadata").unlink()
+
+
+def flip(step):
+    """One bit of one number: the format itself does not notice this in every file."""
+    path = largest(step / "model", "ocdbt.process_0/d/*")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def other_number(step):
+    path = step / "progress/metadata"
+    path.write_text(path.read_text().replace('"skipped": 0', '"skipped": 1'))
+
+
+@pytest.mark.parametrize("damage", [truncate, remove, no_progress, flip, other_number])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # reads left behind
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    damage, copied, straight, config, data, capsys
+):
+    damage(copied / "checkpoints/12")
+    outcome = run_training(at(config, copied), data, resume=True)
+    assert (outcome.steps_done, outcome.saved) == (12, True)
+    said = capsys.readouterr().err
+    assert "CHECKPOINT 12 IS DAMAGED, now 12.damaged, going on from 8" in said
+    assert (copied / "checkpoints/12.damaged/model").is_dir()
+    assert differences(copied, straight) == []
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_if_all_are_damaged_the_run_ends_and_nothing_changes(copied, config, data):
+    for step in (copied / "checkpoints").iterdir():
+        truncate(step)
+    names = sorted(path.name for path in (copied / "checkpoints").iterdir())
+    with pytest.raises(RunError, match=r"every checkpoint in .* is damaged \(12: .*; 8: .*; 4: "):
+        run_training(at(config, copied), data, resume=True)
+    assert sorted(path.name for path in (copied / "checkpoints").iterdir()) == names
+    with pytest.raises(WeightsError, match=r"12/model: .* is damaged .*checkpoints/8/model"):
+        from_pretrained(copied)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_sampling_passes_over_a_damaged_checkpoint(copied, config, data):
+    flip(copied / "checkpoints/12")
+    with pytest.warns(UserWarning, match=r"12/model: .* changed .*; taking .*/checkpoints/8"):
+        model = from_pretrained(copied)
+    at_eight = shutil.copytree(copied, copied.parent / "eight")
+    shutil.rmtree(at_eight / "checkpoints/12")
+    assert eqx.tree_equal(model, from_pretrained(at_eight))
+    assert from_pretrained(at_eight, dtype="bfloat16").wte.weight.dtype == jnp.bfloat16
+
+
+def test_a_checkpoint_from_before_there_were_checksums_is_read(copied, straight, config, data):
+    for step in (copied / "checkpoints").iterdir():
+        shutil.rmtree(step / "checksums")
+        path = step / "progress/metadata"
+        progress = json.loads(path.read_text())
+        del progress["guard"], progress["crc32"]
+        path.write_text(json.dumps(progress))
+    longer = dataclasses.replace(at(config, copied), max_iters=13)
+    assert run_training(longer, data, resume=True).steps_done == 13
+
+
+def test_the_second_save_of_a_step_never_removes_the_first(copied, config, data):
+    """Its arrays are the same: only what is known of it changes, in one file, atomically."""
+
+    def times():
+        return {path: path.stat().st_mtime_ns for path in copied.rglob("checkpoints/12/*/d/*")}
+
+    before = times()
+    checkpoints = Checkpoints(copied)
+    shapes = skeleton(config, model_config(config, data.vocab_size), jnp.float32)
+    state, _ = checkpoints.restore(shapes)
+    checkpoints.save(state, 12, {"evaluated_at": None, "elapsed_s": 1.0})
+    checkpoints.close()
+    assert {
+        path: path.stat().st_mtime_ns for path in copied.rglob("checkpoints/12/*/d/*")
+    } == before
+    assert json.loads((copied / "checkpoints/12/progress/metadata").read_text())["elapsed_s"] == 1
+
+
+def test_checksums_tell_every_changed_bit_and_no_sharding():
+    draw = np.random.default_rng(0)
+    arrays = {
+        "f32": draw.standard_normal((7, 5, 3)).astype(np.float32),
+        "bf16": jnp.asarray(draw.standard_normal((11, 3)), jnp.bfloat16),
+        "i32": draw.integers(-9, 9, (13,)).astype(np.int32),
+        "bool": np.array([True, False]),
+        "scalar": np.float32(3),
+    }
+    found = checksums({name: jnp.asarray(x) for name, x in arrays.items()})
+    bits = np.asarray(arrays["f32"]).reshape(-1).view(np.uint32).astype(np.uint64)
+    odd = 2 * np.arange(bits.size, dtype=np.uint64) + 1
+    assert found["f32"] == int((bits * odd).sum() % 2**32)
+    for name, x in arrays.items():
+        for _ in range(5):
+            content = bytearray(np.asarray(x).tobytes())
+            at = draw.integers(len(content))
+            content[at] ^= 1 if name == "bool" else 1 << int(draw.integers(8))
+            changed = np.frombuffer(bytes(content), np.asarray(x).dtype).reshape(np.shape(x))
+            assert checksums({name: jnp.asarray(changed)})[name] != found[name], name
+
+
+# Disks
+
+
+@contextlib.contextmanager
+def files_of_at_most(n_bytes):
+    """As on a full disk: what is longer cannot be written."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_is_said_and_the_next_save_tries_again(
+    straight, config, data, tmp_path, monkeypatch, capsys
+):
+    """Full at step 4, free again before step 8."""
+    whole = Checkpoints.save
+
+    def save(self, state, step, progress):
+        if step != 4:
+            return whole(self, state, step, progress)
+        with files_of_at_most(50):
+            whole(self, state, step, progress)
+            self._states._manager.wait_until_finished()
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    outcome = run_training(at(config, tmp_path), data)
+    assert (outcome.steps_done, outcome.saved) == (12, True)
+    said = capsys.readouterr().err
+    assert f"CHECKPOINT IN {tmp_path} NOT WRITTEN, none is on disk: " in said
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["12", "8"]
+    assert differences(tmp_path, straight) == []
+
+
+def test_a_run_that_could_not_save_its_last_step_says_so(
+    config, data, tmp_path, monkeypatch, capsys
+):
+    whole = Checkpoints.save
+
+    def save(self, state, step, progress):
+        if step == 12:
+            raise OSError(28, "No space left on device")
+        return whole(self, state, step, progress)
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    outcome = run_training(at(config, tmp_path), data)
+    assert (outcome.saved, outcome.exit_code) == (False, 1)
+    said = capsys.readouterr().err
+    assert "NOT WRITTEN, the last on disk is step 8: OSError: [Errno 28]" in said
+    assert "step 12 is saved" not in said
+
+
+def test_a_directory_that_vanished_is_made_anew(
+    straight, config, data, tmp_path, monkeypatch, capsys
+):
+    directory, whole = tmp_path / "run", train.loop.train_step
+
+    def step(inputs, state):
+        if int(state.step) == 6:
+            shutil.rmtree(directory)
+        return whole(inputs, state)
+
+    monkeypatch.setattr(train.loop, "train_step", step)
+    assert run_training(at(config, directory), data).saved
+    assert f"{directory} IS GONE, and is made anew" in capsys.readouterr().err
+    assert losses(directory) == losses(straight)
+    assert differences(directory, straight) == []
+
+
+def test_metrics_that_could_not_be_written_are_written_later(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0, None)
+    file.write({"iter": 0, "train_loss": 1.0})
+    with files_of_at_most(40), pytest.raises(OSError, match=r"too large|space"):
+        file.write({"iter": 1, "train_loss": 2.0})
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
+    file.write({"iter": 2, "train_loss": 3.0})
+    file.close()
+    assert losses(tmp_path) == {("train_loss", i): i + 1.0 for i in range(3)}
+
+
+# What is beside training
+
+
+def test_failures_beside_training_lose_nothing(
+    straight, config, data, tmp_path, monkeypatch, capsys
+):
+    calls = []
+
+    def no_memory(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return whole(*args, **kwargs)
+
+    def broken(*args):
+        raise OSError("no such device")
+
+    whole = train.loop.sampled_loss
+    monkeypatch.setattr(train.loop, "sampled_loss", no_memory)
+    monkeypatch.setattr(train.loop, "plot_losses", broken)
+    monkeypatch.setattr(train.loop, "extra_loggers", lambda *_: [broken])
+    assert run_training(at(config, tmp_path), data).exit_code == 0
+    said = capsys.readouterr().err
+    assert "EVALUATION FAILED, the run goes on: RuntimeError: RESOURCE_EXHAUSTED" in said
+    assert said.count("LOGGER 1 FAILED, the run goes on; this is said once: OSError: no") == 1
+    assert said.count("LOSS.PNG FAILED") == 1
+    found = losses(tmp_path)
+    assert ("val_loss", 4) not in found
+    assert found.items() <= losses(straight).items()
+
+
+def test_interruptions_pass_through_what_is_passed_over(config, data, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise Interrupted("SIGTERM")
+
+    monkeypatch.setattr(train.loop, "sampled_loss", interrupted)
+    outcome = run_training(at(config, tmp_path), data)
+    assert (outcome.steps_done, outcome.exit_code) == (4, 143)
+
+
+# Processes
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone(place):
+    flags = {**FLAGS, "max_iters": 100_000, "lr_decay_iters": 100_000, "eval_interval": 100_000}
+    with start(command("train.py", **flags, out_dir="locked"), place) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("iter 7/"):
+                break
+        second = run(command("train.py", init_from="resume", out_dir="locked"), place)
+        look = run(command("train.py", init_from="resume", out_dir="locked", eval_only=True), place)
+        still_running = process.poll() is None
+        process.kill()
+    assert still_running
+    assert second.returncode == 2, second.stderr
+    host = os.uname().nodename
+    assert f"another process trains in 'locked': process {process.pid} on {host}" in second.stderr
+    assert look.returncode == 0, look.stderr
+    with locked(place / "locked"):
+        pass
+
+
+def test_preemption_ends_a_run_that_would_not_save_in_time():
+    """A process that looks for no signal, as while it waits for a device."""
+    program = (
+        "import time\n"
+        "from train.interrupt import Interruption\n"
+        "with Interruption(lambda: None, 0.5):\n"
+        "    print('ready', flush=True)\n"
+        "    while True:\n"
+        "        time.sleep(1)\n"
+    )
+    with start([sys.executable, "-c", program], ROOT) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        sent = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 143, err
+        assert "ended at once, for preemption_s=0.5 is over: the last checkpoint" in err
+        assert time.monotonic() - sent < 30
