@@ -57,7 +57,7 @@ class StopAfter(Interruption):
 
 
 def interrupted(monkeypatch, looks, *args, **kwargs):
-    monkeypatch.setattr(train.loop, "Interruption", lambda _: StopAfter(looks))
+    monkeypatch.setattr(train.loop, "Interruption", lambda *_: StopAfter(looks))
     outcome = run_training(*args, **kwargs)
     monkeypatch.undo()
     return outcome

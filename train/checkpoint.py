@@ -137,13 +137,14 @@ def _saving(tree: PyTree) -> Any:
 
 
 def _restoring(skeleton: PyTree) -> Any:
-    """The arrays of these shapes and dtypes, on this process's device, wherever they were saved."""
+    """The arrays of these shapes and dtypes, as the shapes are sharded or on this process's device,
+    wherever they were saved."""
     import orbax.checkpoint as ocp
 
     here = SingleDeviceSharding(jax.local_devices()[0])
     return ocp.args.StandardRestore(
         {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here)
             for name, leaf in named_arrays(skeleton).items()
         }
     )

@@ -14,8 +14,12 @@ class Interrupted(Exception):
 class Interruption:
     """While entered, the first Ctrl-C or SIGTERM is kept for `check`; a second one ends at once."""
 
-    def __init__(self, on_request: Callable[[], None]) -> None:
-        self._on_request = on_request
+    def __init__(
+        self, on_request: Callable[[], None], agree: Callable[[int], int] = lambda number: number
+    ) -> None:
+        """`agree` makes of this process's signal, or 0, that of all the run's processes, which
+        call `check` equally often."""
+        self._on_request, self._agree = on_request, agree
         self._requested: str | None = None
         self._previous: dict[int, Any] = {}
 
@@ -35,9 +39,10 @@ class Interruption:
             signal.signal(number, handler)
 
     def check(self) -> None:
-        """Interrupted, if a signal has come."""
-        if self._requested is not None:
-            raise Interrupted(self._requested)
+        """Interrupted, if a signal has come, to any of the run's processes."""
+        requested = 0 if self._requested is None else signal.Signals[self._requested].value
+        if agreed := self._agree(requested):
+            raise Interrupted(signal.Signals(agreed).name)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._requested is not None:

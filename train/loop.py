@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from eqx_gpt import lora
@@ -21,17 +22,28 @@ from eqx_gpt.text import with_tokens_of
 from eqx_gpt.tree import cast, count_params
 from train.checkpoint import Checkpoints
 from train.clock import Clock
+from train.cluster import Hosts
 from train.config import TrainConfig
 from train.data import prefetched
 from train.devices import Execution
 from train.display import Display
 from train.evaluate import sampled_loss
 from train.header import header
+from train.hosts import Vote, ending_together, is_writer, join
 from train.interrupt import Interrupted, Interruption
 from train.manifest import SPLITS, Manifest
+from train.mesh import (
+    around,
+    batch_on,
+    choose_mesh,
+    n_parts,
+    n_peaks,
+    on_every_device,
+    with_shardings,
+)
 from train.metrics import MetricsFile, extra_loggers, flops_per_token, peak_flops
 from train.optimizer import learning_rate, make_optimizer
-from train.packing import Packed, micro_batches, windows_of
+from train.packing import Packed, windows_of
 from train.plot import plot_losses
 from train.run import RunError, check_startable, has_checkpoint, resumed_model, write_run
 from train.start import computing, new_state, skeleton, started_model
@@ -71,41 +83,66 @@ def train(
     config: TrainConfig,
     data: Manifest,
     *,
-    pretrained: Callable[[], GPT] | None = None,
+    pretrained: Callable[..., GPT] | None = None,
     resume: bool = False,
     process: str | None = None,
+    hosts: Hosts | None = None,
 ) -> Outcome:
     """Run `config` on `data`, in `config.out_dir`.
 
     **Arguments:**
 
-    - `pretrained`: loads the model to start from; None is a new one. Not called to resume, once
-      there is a checkpoint.
+    - `pretrained`: loads the model to start from, on a mesh if called with `mesh=`; None is a new
+      one. Not called to resume, once there is a checkpoint.
     - `resume`: go on with the run in `config.out_dir`, exactly where it was.
     - `process`: what the header says of the process's environment.
+    - `hosts`: where the run's other processes are; None is a run of this process, or of those that
+      have joined already.
 
     **Raises:** ValueError (also as RunError, DatasetError) for what the user can mend. Whatever
     happens, the directory keeps its last whole checkpoint.
     """
     config.check_together()
+    if hosts is not None:
+        join(hosts)
+
+    def run() -> Outcome:
+        mesh = choose_mesh(config.mesh_shape, config.global_batch_size)
+        with around(mesh):
+            return _train(config, data, pretrained, resume, process, mesh)
+
+    return ending_together(run)
+
+
+def _train(
+    config: TrainConfig,
+    data: Manifest,
+    pretrained: Callable[..., GPT] | None,
+    resume: bool,
+    process: str | None,
+    mesh: Mesh | None,
+) -> Outcome:
     if not resume:
         check_startable(config.out_dir)
     from_start = not has_checkpoint(config.out_dir)
-    start = lora.merge(pretrained()) if pretrained is not None and from_start else None
+    start = None
+    if pretrained is not None and from_start:
+        start = lora.merge(pretrained() if mesh is None else pretrained(mesh=mesh))
     if resume:
         model_cfg = resumed_model(config, data)
     else:
         config, model_cfg = started_model(config, data, start)
         skeleton(config, model_cfg, jnp.float32)  # wrong names end here, with nothing written
-        write_run(config, model_cfg, data)
-    with Display(config.max_iters) as display:
-        trainer = Trainer(config, data, model_cfg, start, display, process)
+        if is_writer():
+            write_run(config, model_cfg, data)
+    with Display(config.max_iters, silent=not is_writer()) as display:
+        trainer = Trainer(config, data, model_cfg, start, display, process, mesh)
         del start  # its arrays are copied
-        if resume and not config.eval_only:
+        if resume and not config.eval_only and is_writer():
             write_run(config, model_cfg, data)
         try:
             with Interruption(
-                lambda: display.line("stopping soon; once more ends at once, unsaved")
+                lambda: display.line("stopping soon; once more ends at once, unsaved"), Vote()
             ) as signals:
                 return trainer.run(signals)
         finally:
@@ -123,8 +160,9 @@ class Trainer:
         pretrained: GPT | None,
         display: Display,
         process: str | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
-        self.config, self.data, self.display = config, data, display
+        self.config, self.data, self.display, self.mesh = config, data, display, mesh
         self.directory = Path(config.out_dir)
         self.windows = windows_of(data, "train", config.block_size, config.seed)
         # Evaluations of different runs compare, so their batches do not depend on the seed.
@@ -134,14 +172,18 @@ class Trainer:
         shapes = skeleton(config, model_cfg, jnp.float32)
         n_params, n_frozen = count_params(shapes.model), count_params(shapes.frozen)
         platform = jax.default_backend()
-        self.execution = Execution.choose(config, model_cfg, n_params, platform, n_frozen)
+        self.execution = Execution.choose(
+            config, model_cfg, n_params, platform, n_frozen, n_parts(mesh)
+        )
         model_cfg = dataclasses.replace(model_cfg, unroll=self.execution.unroll)
         self.flops_per_token = flops_per_token(
             n_params, model_cfg.n_layer, model_cfg.n_embd, config.block_size, n_frozen
         )
-        self.peak_flops = peak_flops(self.execution.dtype)
+        peak = peak_flops(self.execution.dtype)
+        self.peak_flops = None if peak is None else peak * n_peaks(mesh)
 
         key_model, key_steps = jax.random.split(jax.random.key(config.seed))
+        key_steps = on_every_device(key_steps, mesh)
         self.recipe = Recipe(make_optimizer(config), self.execution.dtype, key_steps)
         self.learning_rate = jax.jit(learning_rate(config))
         self.checkpoints = Checkpoints(self.directory)
@@ -154,7 +196,7 @@ class Trainer:
             self.state = computing(state, self.execution.dtype)
             self.progress = Progress()
         else:
-            shapes = skeleton(config, model_cfg, self.execution.dtype)
+            shapes = with_shardings(skeleton(config, model_cfg, self.execution.dtype), mesh)
             self.state, progress = self.checkpoints.restore(shapes)
             self.progress = Progress(**progress)
         self.steps_done = int(self.state.step)
@@ -166,12 +208,16 @@ class Trainer:
                 f"max_iters={config.max_iters}; to go on, give a larger --max_iters"
             )
 
-        self.metrics = MetricsFile(
-            self.directory / "metrics.jsonl", self.steps_done, self.progress.evaluated_at
-        )
-        self.loggers = [self.metrics.write, *extra_loggers(config, n_params)]
+        self.loggers = []
+        self.metrics: MetricsFile | None = None
+        if is_writer():
+            self.metrics = MetricsFile(
+                self.directory / "metrics.jsonl", self.steps_done, self.progress.evaluated_at
+            )
+            self.loggers = [self.metrics.write, *extra_loggers(config, n_params)]
         if config.eval_only and self.steps_done:
             self.loggers = []  # a look at a run is no part of it
+        self.clocks = Vote()
         self.saved_at = self.plotted_at = time.monotonic()
         self.started_at = self.saved_at - self.progress.elapsed_s
         self.display.header(
@@ -179,13 +225,15 @@ class Trainer:
                 config, model_cfg, data,
                 windows=self.windows, execution=self.execution, n_params=n_params,
                 n_frozen=n_frozen, peak_flops=self.peak_flops, steps_done=self.steps_done,
+                mesh=mesh,
             )
             | ({} if process is None else {"process": process})
         )  # fmt: skip
 
     def close(self) -> None:
         self.checkpoints.close()
-        self.metrics.close()
+        if self.metrics is not None:
+            self.metrics.close()
 
     def run(self, signals: Interruption) -> Outcome:
         """Train to the end or to the interruption, and leave the last whole step on disk."""
@@ -211,7 +259,8 @@ class Trainer:
                     f"stopped by {interrupted_by}; go on with: python scripts/train.py "
                     f"--init_from resume --out_dir {out_dir}"
                 )
-        plot_losses(self.directory)
+        if is_writer():
+            plot_losses(self.directory)
         return Outcome(self.steps_done, interrupted_by, self.progress.val_loss)
 
     def _train(self, signals: Interruption) -> None:
@@ -240,8 +289,8 @@ class Trainer:
 
     def _windows_of(self, step: int) -> Array | Packed:
         """Of a step, with the axes accum, micro, seq_plus_1."""
-        windows = self.windows.batch(step, self.config.global_batch_size)
-        return jax.tree.map(jnp.asarray, micro_batches(windows, self.execution.n_micro))
+        n_sequence, n_micro = self.config.global_batch_size, self.execution.n_micro
+        return batch_on(self.mesh, self.windows, step, n_sequence, n_micro)
 
     def _step_from_host(
         self, windows: Array | Packed, signals: Interruption
@@ -276,7 +325,8 @@ class Trainer:
         if config.sample_interval and step % config.sample_interval == 0:
             self._show_sample()
         interval = config.checkpoint_interval or config.eval_interval
-        overdue = 0 < config.checkpoint_minutes * 60 < time.monotonic() - self.saved_at
+        late = 0 < config.checkpoint_minutes * 60 < time.monotonic() - self.saved_at
+        overdue = self.clocks(int(late))
         if step % interval == 0 or overdue:
             self._save()
 
@@ -297,6 +347,7 @@ class Trainer:
                 micro_batch_size=self.execution.micro_batch_size,
                 dtype=self.execution.dtype,
                 progress=report,
+                mesh=self.mesh,
             )
         best = self.progress.best_val_loss
         improved = best is None or math.isnan(best) or losses["val"] < best
@@ -314,7 +365,7 @@ class Trainer:
         self._log({"iter": step, "val_loss": losses["val"], "eval_train_loss": losses["train"]})
         if improved and not config.always_save_checkpoint and not config.eval_only:
             self.checkpoints.save_best(self.state.params, step)
-        if time.monotonic() - self.plotted_at > PLOT_EVERY_S:
+        if is_writer() and time.monotonic() - self.plotted_at > PLOT_EVERY_S:
             plot_losses(self.directory)
             self.plotted_at = time.monotonic()
 

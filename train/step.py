@@ -21,6 +21,7 @@ from eqx_gpt.config import GPTConfig
 from eqx_gpt.gpt import GPT
 from eqx_gpt.shapes import PRNGKey, Scalar
 from train.loss import next_token_loss
+from train.mesh import placed
 from train.packing import Packed
 
 
@@ -168,7 +169,7 @@ def _gradients(
         return next_token_loss(model, windows, dtype=recipe.dtype, key=key)
 
     loss, grads = eqx.filter_value_and_grad(loss_of)(state.params)
-    return Gradients(loss, grads, jnp.ones((), jnp.int32))
+    return placed(Gradients(loss, grads, jnp.ones((), jnp.int32)))
 
 
 def _apply(
@@ -180,4 +181,4 @@ def _apply(
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, params)
     params = eqx.apply_updates(state.params, updates)
     metrics = StepMetrics(gradients.loss / count, optax.tree.norm(grads))
-    return TrainState(params, state.frozen, opt_state, state.step + 1), metrics
+    return placed(TrainState(params, state.frozen, opt_state, state.step + 1)), metrics
