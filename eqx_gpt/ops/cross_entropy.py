@@ -208,8 +208,7 @@ def _loss_and_gradients(
         loss = lse[:, 0] - _at_labels(logits, y, axis)
         # The target is subtracted before any rounding, so that a confident prediction keeps the
         # digits of its small gradient.
-        ids = _ids(weight.shape[0], axis)
-        one_hot = (y[:, None] == ids[None, :]).astype(jnp.float32)
+        one_hot = (y[:, None] == _ids(weight.shape[0], axis)[None, :]).astype(jnp.float32)
         probability = jnp.exp(logits - jnp.broadcast_to(lse, logits.shape))
         d_logits = probability - one_hot
         d_logits = d_logits * jnp.broadcast_to((mask / targets.size)[:, None], d_logits.shape)
