@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,12 +37,18 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a mesh asks of a device."""
+
+    process_index: int
+    id: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
 def devices(n_process: int, n_local: int) -> list[Any]:
-    return [
-        SimpleNamespace(process_index=p, id=8 * p + i, platform="cpu")
-        for p in range(n_process)
-        for i in range(n_local)
-    ]
+    return [Device(p, 8 * p + i) for p in range(n_process) for i in range(n_local)]
 
 
 def test_losses_are_those_of_one_device(found: dict[str, Any]) -> None:

@@ -61,11 +61,12 @@ class Execution:
             affordable = budget / (tokens_flops * config.block_size)
             if n_parts == 1:
                 limit = affordable if on_cpu else config.batch_size
-                micro = _largest_divisor(config.batch_size, limit)
+                micro = _largest_divisor(config.batch_size, float(limit))
             else:
                 limit = affordable * jax.process_count() / n_parts if on_cpu else math.inf
                 limit = min(limit, config.batch_size)
-                micro = n_parts * _largest_divisor(config.global_batch_size // n_parts, limit)
+                each = config.global_batch_size // n_parts
+                micro = n_parts * _largest_divisor(each, float(limit))
         elif micro % n_parts:
             raise ValueError(
                 f"micro_batch_size={micro} is not split evenly over the mesh, {n_parts} parts; "
