@@ -24,7 +24,9 @@ from eqx_gpt.layers.norm import Norm
 from eqx_gpt.ops.cross_entropy import head_logits
 from eqx_gpt.ops.dropout import dropout
 from eqx_gpt.ops.int8 import Int8
+from eqx_gpt.ops.meshed import by_sequence, mesh_here
 from eqx_gpt.shapes import Hidden, Logits, PRNGKey, Tokens, TokensLike
+from eqx_gpt.sharding import at_use, regathers
 from eqx_gpt.tap import NO_TAP, Taps
 from eqx_gpt.tree import named_arrays, with_arrays
 
@@ -131,14 +133,14 @@ class GPT(eqx.Module):
             )
         tap = NO_TAP if taps is None else taps.outside
         key_embed, key_blocks = (None, None) if key is None else jax.random.split(key)
-        x = self.wte(tokens)
+        x = by_sequence(at_use(self.wte)(tokens))
         if self.config.embedding_scale == "sqrt_n_embd":
             x = x * jnp.asarray(math.sqrt(self.config.n_embd), x.dtype)
         x = tap("embedding", x)
         if self.wpe is not None:
             seq = tokens.shape[-1]
             positions = positions_in(starts, seq) if cache is None else cache.positions(seq)
-            positions = tap("positions", self.wpe(self.config.position.offset + positions))
+            positions = tap("positions", at_use(self.wpe)(self.config.position.offset + positions))
             # Summed in float32, and so is the gradient of the positions over the batch.
             positions = jnp.broadcast_to(positions.astype(jnp.float32), x.shape)
             x = (x.astype(jnp.float32) + positions).astype(x.dtype)
@@ -227,7 +229,7 @@ class GPT(eqx.Module):
 
         def run_block(kind: int, x: Hidden, of_layer: tuple) -> tuple[Hidden, dict[str, Array]]:
             block_arrays, block_key, layer = of_layer
-            block = eqx.combine(block_arrays, static)
+            block, x = at_use(eqx.combine(block_arrays, static)), by_sequence(x)
             tap = NO_TAP if taps is None else taps.at(layer)
             return block(x, kind=kind, key=block_key, starts=starts, tap=tap)[0], tap.seen
 
@@ -237,6 +239,8 @@ class GPT(eqx.Module):
                 run: Callable[..., tuple[Hidden, dict]] = partial(run_block, kind)
                 if self.config.remat != "none":
                     run = jax.checkpoint(run, prevent_cse=False, policy=_KEPT[self.config.remat])
+                elif mesh_here() is not None:
+                    run = jax.checkpoint(run, prevent_cse=False, policy=regathers)
                 of_layer = jax.tree.map(operator.itemgetter(kind), of_layers)
                 x, seen = run(x, of_layer)
                 if taps is not None:

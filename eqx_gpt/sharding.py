@@ -1,19 +1,22 @@
 """Where the leaves of a model lie on a mesh of devices: the one table."""
 
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
 
-from eqx_gpt.tree import Role, named_arrays, roles
+from eqx_gpt.ops.int8 import Int8
+from eqx_gpt.ops.meshed import MESH_AXES, WEIGHT, fitting, mesh_here
+from eqx_gpt.tree import Role, name_of, named_arrays, roles
 
-MESH_AXES = ("data", "fsdp", "tensor")
-
+Tree = TypeVar("Tree")
 Axes = tuple[str | None, ...]
 _AXES: dict[Role, Axes] = {
-    "embedding": ("tensor", "fsdp"),
-    "weight": ("tensor", "fsdp"),
+    "embedding": WEIGHT,
+    "weight": WEIGHT,
     "bias": ("tensor",),
     "lora": (),
     "norm": (),
@@ -53,12 +56,62 @@ def shardings(model: PyTree, mesh: Mesh) -> dict[str, NamedSharding]:
     return {name: NamedSharding(mesh, _spec(name, role, x, mesh)) for role, (name, x) in leaves}
 
 
-def _spec(name: str, role: Role, leaf: Any, mesh: Mesh) -> PartitionSpec:
-    axes = (_AXES_OUT if name.split(".")[-2] in _OUT else _AXES)[role]
-    stacked = (None,) * (leaf.ndim - len(axes))
-    sizes = leaf.shape[len(stacked) :]
-    kept = [
-        axis if axis is not None and size % mesh.shape.get(axis, size + 1) == 0 else None
-        for axis, size in zip(axes, sizes, strict=True)
-    ]
-    return PartitionSpec(*stacked, *kept)
+def placed(model: Tree) -> Tree:
+    """Inside jit, a model, or what has its leaves, split as `shardings` says over the mesh here."""
+    return _on_mesh(lax.with_sharding_constraint, model)
+
+
+def at_use(part: Tree) -> Tree:
+    """A part of a model as its arithmetic wants it on the mesh here: whole over fsdp.
+
+    Called on one layer at a time, so that no more is gathered at once. Its gradient is split
+    again. Where there is no mesh this is nothing.
+    """
+
+    def gathered(x: Array, spec: PartitionSpec) -> Array:
+        whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+        return x if whole == spec else _gathered(x, spec, whole)
+
+    return _on_mesh(gathered, part)
+
+
+def regathers(primitive: Any, *_: Any, **__: Any) -> bool:
+    """What `jax.checkpoint` may keep of a layer: all but what is gathered, or every device would
+    hold the whole model between the forward and the backward pass."""
+    return primitive.name != "sharding_constraint"
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(x: Array, stored: PartitionSpec, used: PartitionSpec) -> Array:
+    return _gathered_forward(x, stored, used)[0]
+
+
+def _gathered_forward(x: Array, stored: PartitionSpec, used: PartitionSpec) -> tuple[Array, None]:
+    # Without the first constraint the compiler gathers the layers' stack, not the layer.
+    x = lax.with_sharding_constraint(x, stored)
+    return lax.with_sharding_constraint(x, used), None
+
+
+def _gathered_backward(
+    stored: PartitionSpec, used: PartitionSpec, _: None, g: Array
+) -> tuple[Array]:
+    return (lax.with_sharding_constraint(g, stored),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+def _on_mesh(fn: Any, tree: Tree) -> Tree:
+    mesh = mesh_here()
+    if mesh is None:
+        return tree
+
+    def of_leaf(path: tuple[Any, ...], role: Role, x: Any) -> Any:
+        return x if isinstance(x, Int8) else fn(x, _spec(name_of(path), role, x, mesh))
+
+    return jax.tree_util.tree_map_with_path(of_leaf, roles(tree), tree)
+
+
+def _spec(name: str, role: Role, leaf: Any, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    axes = (_AXES_OUT if name.split(".")[-2:][0] in _OUT else _AXES)[role]
+    return fitting(mesh, leaf.shape, axes)

@@ -1,6 +1,5 @@
 """Trains a GPT: python scripts/train.py --preset NAME [--flag value ...]."""
 
-import argparse
 import dataclasses
 import sys
 from dataclasses import dataclass
@@ -18,10 +17,11 @@ prepare_process(__name__)  # may start this anew, so it comes before the slow im
 import tyro  # noqa: E402
 
 from scripts.common import parse, run_command  # noqa: E402
+from train.cluster import Hosts  # noqa: E402
 from train.config import TrainConfig  # noqa: E402
 from train.manifest import Manifest, check_same_tokenizer  # noqa: E402
 from train.presets import PRESETS  # noqa: E402
-from train.resolve import Wishes, base_config, open_data  # noqa: E402
+from train.resolve import base_config, first_look, open_data  # noqa: E402
 from train.run import has_checkpoint  # noqa: E402
 
 
@@ -30,6 +30,7 @@ class Arguments:
     """Trains a GPT. Flags win over the file of --config, which wins over the preset."""
 
     settings: tyro.conf.OmitArgPrefixes[TrainConfig]
+    hosts: tyro.conf.OmitArgPrefixes[Hosts]
     preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """A recipe to start from: one of those listed above. None: TrainConfig's defaults."""
     config: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
@@ -42,7 +43,8 @@ Arguments.__doc__ = f"{Arguments.__doc__}\n\nPresets: {', '.join(PRESETS)}."
 def main() -> int:
     wishes = first_look(sys.argv[1:])
     base, resume = base_config(wishes)
-    config = parse(Arguments, default=Arguments(base, wishes.preset, wishes.file)).settings
+    arguments = parse(Arguments, default=Arguments(base, Hosts(), wishes.preset, wishes.file))
+    config, hosts = arguments.settings, arguments.hosts
     if resume:
         config = dataclasses.replace(config, init_from=base.init_from)
         data = Manifest.read(Path(config.data_dir) / config.dataset)
@@ -62,18 +64,10 @@ def main() -> int:
         if (tokenizer := find_tokenizer(config.init_from)) is not None:
             check_same_tokenizer(data, tokenizer)
         pretrained = partial(from_pretrained, config.init_from)
-    outcome = train(config, data, pretrained=pretrained, resume=resume, process=describe_process())
+    outcome = train(
+        config, data, pretrained=pretrained, resume=resume, process=describe_process(), hosts=hosts
+    )
     return outcome.exit_code
-
-
-def first_look(argv: list[str]) -> Wishes:
-    """--preset, --config, and the flags that decide what the others override."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("preset", "config", "init_from", "out_dir", "dataset"):
-        parser.add_argument(*{f"--{name}", f"--{name.replace('_', '-')}"}, dest=name)
-    found = vars(parser.parse_known_args(argv)[0])
-    flags = {k: v for k, v in found.items() if v is not None and k not in ("preset", "config")}
-    return Wishes(found["preset"], found["config"], flags)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from eqx_gpt.gpt import GPT
 from eqx_gpt.tree import named_arrays, with_arrays
 from train.files import write_atomically
 from train.guard import Guard
+from train.hosts import is_writer
 from train.run import RunError
 from train.saved import check_arrays
 from train.step import TrainState
@@ -68,7 +69,7 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Remove what a run that saved no step left here: it would pass for this one's."""
-        for kept in ("best", "base"):
+        for kept in ("best", "base") if is_writer() else ():
             shutil.rmtree(self._run / kept, ignore_errors=True)
 
     def save(self, state: TrainState, step: int, progress: Mapping[str, Any]) -> None:
@@ -84,7 +85,7 @@ class Checkpoints:
         self._states.wait()
         if step in self._states.on_disk():
             path = self._states.directory / str(step) / "progress" / "metadata"
-            return write_atomically(path, json.dumps(said).encode())
+            return write_atomically(path, json.dumps(said).encode()) if is_writer() else None
         self._states.save(
             step,
             _trees(state),
@@ -254,11 +255,11 @@ class _Steps:
         path, i = self.directory / f"{step}.damaged", 1
         while path.exists():
             path, i = self.directory / f"{step}.damaged{i}", i + 1
-        return (self.directory / str(step)).rename(path)
+        return (self.directory / str(step)).rename(path) if is_writer() else path
 
     def forget_after(self, step: int) -> None:
         for later in self.on_disk():
-            if later > step and not self.read_only:
+            if later > step and not self.read_only and is_writer():
                 # Renamed first: what a kill leaves is no checkpoint, and is swept up like others.
                 path = self.directory / str(later)
                 shutil.rmtree(path.rename(f"{path}{_PARTIAL}"), ignore_errors=True)
@@ -285,7 +286,7 @@ class _Steps:
             return
         with contextlib.suppress(Exception):
             manager.close()
-        if not self.read_only:
+        if not self.read_only and is_writer():
             for partial in self.directory.glob(f"*{_PARTIAL}*"):
                 shutil.rmtree(partial, ignore_errors=True)
 
@@ -312,7 +313,8 @@ def _changed(arrays: Mapping[str, Array], sums: Mapping[str, Any]) -> list[str]:
 
 
 def _restoring(skeleton: PyTree, sums: Mapping[str, Any]) -> Any:
-    """The arrays of these shapes, in the dtypes that they were saved in, on this process's device,
+    """The arrays of these shapes, in the dtypes that they were saved in, as the shapes are sharded
+    or on this process's device,
     wherever they were saved."""
     import orbax.checkpoint as ocp
 
@@ -320,7 +322,9 @@ def _restoring(skeleton: PyTree, sums: Mapping[str, Any]) -> Any:
     return ocp.args.StandardRestore(
         {
             name: jax.ShapeDtypeStruct(
-                leaf.shape, sums[name][0] if name in sums else leaf.dtype, sharding=here
+                leaf.shape,
+                sums[name][0] if name in sums else leaf.dtype,
+                sharding=leaf.sharding or here,
             )
             for name, leaf in named_arrays(skeleton).items()
         }

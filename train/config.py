@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,6 +187,10 @@ class TrainConfig:
     remat: Remat = "none"
     """Activations to make again in the backward pass instead of keeping them: none; all within a
     block; all but the results of its matrix products (dots)."""
+    mesh: str = "auto"
+    """How the devices are arranged, such as data=2,fsdp=2,tensor=2: batches are split over data and
+    fsdp, weights and optimizer over fsdp and tensor, heads over tensor. auto: data over processes,
+    fsdp over the devices of each."""
     wandb_log: bool = False
     """Log to Weights & Biases as well: pip install 'eqx-gpt[wandb]'."""
     wandb_project: str = "eqx_gpt"
@@ -232,6 +237,7 @@ class TrainConfig:
                 f"profile must be FIRST:STOP, such as 10:13 for the steps 10, 11 and 12, got "
                 f"{self.profile!r}"
             )
+        _ = self.mesh_shape
 
     def check_together(self) -> None:
         """ValueError for fields that contradict each other.
@@ -278,6 +284,21 @@ class TrainConfig:
                 f"lora_rank={self.lora_rank} adapts trained weights, and init_from='scratch' has "
                 "none; name a model with --init_from"
             )
+
+    @property
+    def mesh_shape(self) -> dict[str, int] | None:
+        """The sizes of the mesh's axes; None for auto."""
+        if self.mesh == "auto":
+            return None
+        found = re.fullmatch(r"(\w+=[1-9]\d*)(,\w+=[1-9]\d*)*", self.mesh.replace(" ", ""))
+        pairs = [] if found is None else [part.split("=") for part in found[0].split(",")]
+        axes = [axis for axis, _ in pairs]
+        if not axes or not set(axes) <= {"data", "fsdp", "tensor"} or len(set(axes)) < len(axes):
+            raise ValueError(
+                f"mesh={self.mesh!r} is none; give sizes of data, fsdp and tensor, each once, such "
+                "as data=2,fsdp=4, or auto"
+            )
+        return {axis: int(n) for axis, n in pairs}
 
     @property
     def lora(self) -> LoRAConfig | None:

@@ -41,13 +41,21 @@ class Windows:
         """Windows in an epoch, whatever its offset."""
         return max(1, (len(self.tokens) - self.block_size) // self.block_size)
 
-    def batch(self, step: int, batch_size: int) -> Int32[np.ndarray, "batch seq_plus_1"]:
-        """The inputs of a step and, one token further, its targets."""
+    def n_learnt(self, first: int, n: int) -> int:
+        """How many tokens are learnt of the windows `first` to `first + n` of a run: all."""
+        return n * self.block_size
+
+    def batch(
+        self, step: int, batch_size: int, rows: range | None = None
+    ) -> Int32[np.ndarray, "batch seq_plus_1"]:
+        """The inputs of a step and, one token further, its targets; of all its rows or some."""
         slack = len(self.tokens) - self.per_epoch * self.block_size
-        starts = np.empty(batch_size, np.int64)
-        for rows, order, key in drawn(step * batch_size, batch_size, self.per_epoch, self.seed):
+        rows = range(batch_size) if rows is None else rows
+        starts = np.empty(len(rows), np.int64)
+        first = step * batch_size + rows.start
+        for drawn_rows, order, key in drawn(first, len(rows), self.per_epoch, self.seed):
             offset = int(_mix(key, np.array([0], np.uint64))[0]) % min(slack, self.block_size)
-            starts[rows] = offset + order * self.block_size
+            starts[drawn_rows] = offset + order * self.block_size
         index = starts[:, None] + np.arange(self.block_size + 1)[None, :]
         return self.tokens[index].astype(np.int32)
 

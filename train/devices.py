@@ -1,5 +1,6 @@
 """What a run computes on: the device, the dtype, the size of a micro-batch."""
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +36,19 @@ class Execution:
 
     @staticmethod
     def choose(
-        config: TrainConfig, model: GPTConfig, n_params: int, platform: str, n_frozen: int = 0
+        config: TrainConfig,
+        model: GPTConfig,
+        n_params: int,
+        platform: str,
+        n_frozen: int = 0,
+        n_parts: int = 1,
     ) -> "Execution":
-        """For a model of so many parameters on `platform` ("cpu", "gpu", "tpu")."""
+        """For a model of so many parameters on `platform` ("cpu", "gpu", "tpu"), and micro-batches
+        that are split in `n_parts`.
+
+        On a mesh as under nanoGPT's launcher: each part has batch_size sequences, as far as the
+        global batch, which stays what it was, has so many.
+        """
         on_cpu = platform == "cpu"
         auto = jnp.float32 if on_cpu and not cpu_multiplies_bfloat16() else jnp.bfloat16
         dtype = jnp.dtype(auto if config.precision == "auto" else config.precision)
@@ -48,7 +59,19 @@ class Execution:
             )
             budget = _CPU_MICRO_BATCH_FLOPS.get(dtype.name, 1e12)
             affordable = budget / (tokens_flops * config.block_size)
-            micro = _largest_divisor(config.batch_size, affordable) if on_cpu else config.batch_size
+            if n_parts == 1:
+                limit = affordable if on_cpu else config.batch_size
+                micro = _largest_divisor(config.batch_size, float(limit))
+            else:
+                limit = affordable * jax.process_count() / n_parts if on_cpu else math.inf
+                limit = min(limit, config.batch_size)
+                each = config.global_batch_size // n_parts
+                micro = n_parts * _largest_divisor(each, float(limit))
+        elif micro % n_parts:
+            raise ValueError(
+                f"micro_batch_size={micro} is not split evenly over the mesh, {n_parts} parts; "
+                f"give a multiple of {n_parts}, or leave it out"
+            )
         n_micro = config.global_batch_size // micro
         accumulate = "host" if on_cpu and n_micro > 1 else "device"
         # XLA's CPU backend runs the body of a loop less well than straight code.
@@ -67,7 +90,10 @@ def cpu_multiplies_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 def describe_devices() -> str:
     """The device that computes, such as `cpu` or `NVIDIA H100 80GB HBM3 (1 of 8)`."""
     kind, count = jax.devices()[0].device_kind, jax.device_count()
-    return kind if count == 1 else f"{kind} (1 of {count})"
+    if count == 1:
+        return kind
+    n_process = jax.process_count()
+    return f"{count} x {kind}" + (f" in {n_process} processes" if n_process > 1 else "")
 
 
 def describe_arithmetic(

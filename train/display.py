@@ -18,12 +18,14 @@ from train.progress import LINE_EVERY_S, duration
 class Display:
     """A context manager; the live line lasts as long as it."""
 
-    def __init__(self, max_iters: int) -> None:
+    def __init__(self, max_iters: int, *, silent: bool = False) -> None:
+        """`silent` says nothing: another process of the run does."""
         self._max_iters = max_iters
         self._console = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
         self._bar: rich.progress.Progress | None = None
         self._last_line = float("-inf")
-        if self._console.is_terminal:
+        self._silent = silent
+        if self._console.is_terminal and not silent:
             self._bar = rich.progress.Progress(
                 rich.progress.BarColumn(bar_width=20),
                 rich.progress.TextColumn("{task.description}", markup=False),
@@ -52,6 +54,8 @@ class Display:
 
     def line(self, text: str) -> None:
         """A line that stays."""
+        if self._silent:
+            return
         if self._bar is not None:
             self._console.print(text, markup=False)
         else:

@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int64, Shaped
 
@@ -16,7 +17,8 @@ from eqx_gpt.score import token_scores
 from eqx_gpt.tree import cast
 from train.data import Windows
 from train.manifest import BEGINS, Manifest, SplitName
-from train.packing import PackedWindows, micro_batches, n_learnt
+from train.mesh import batch_on, n_parts
+from train.packing import PackedWindows, n_learnt
 from train.step import eval_step
 
 Progress = Callable[[int, int], None]
@@ -31,6 +33,7 @@ def sampled_loss(
     micro_batch_size: int,
     dtype: DTypeLike,
     progress: Progress,
+    mesh: Mesh | None = None,
 ) -> float:
     """Mean loss, in nats a token learnt, of the first `n_batch` batches of `windows`.
 
@@ -38,18 +41,20 @@ def sampled_loss(
     micro-batch and may raise to end the evaluation.
     """
     n_batch = max(1, min(n_batch, windows.per_epoch // batch_size))
-    n_micro = batch_size // micro_batch_size
+    # As many as a mesh divides; where there is none such, one, which is filled.
+    fitting = [n for n in range(1, batch_size + 1) if batch_size % (n * n_parts(mesh)) == 0]
+    few = (n for n in fitting if n * micro_batch_size >= batch_size)
+    n_micro = min(few, default=max(fitting, default=1))
     losses, counts = [], []
     for i in range(n_batch):
-        batch = windows.batch(i, batch_size)
-        parts = jax.tree.map(jnp.asarray, micro_batches(batch, n_micro))
+        parts = batch_on(mesh, windows, i, batch_size, n_micro)
         of_batch = []
         for j in range(n_micro):
             micro = jax.tree.map(operator.itemgetter(j), parts)
             of_batch.append(float(eval_step(model, micro, dtype)))
             progress(i * n_micro + j + 1, n_batch * n_micro)
         losses.append(np.mean(of_batch))
-        counts.append(n_learnt(batch))
+        counts.append(windows.n_learnt(i * batch_size, batch_size))
     return float(np.average(losses, weights=counts))
 
 

@@ -1,10 +1,13 @@
 """What a run says of itself before its first step."""
 
+from jax.sharding import Mesh
+
 from eqx_gpt.config import GPTConfig
 from train.config import TrainConfig
 from train.data import Windows
 from train.devices import Execution, describe_arithmetic, describe_devices
 from train.manifest import Manifest
+from train.mesh import describe_mesh
 from train.packing import PackedWindows, describe_packing
 
 
@@ -19,6 +22,7 @@ def header(
     n_frozen: int,
     peak_flops: float | None,
     steps_done: int,
+    mesh: Mesh | None = None,
 ) -> dict[str, str]:
     """What is printed before the first step, by what it is about."""
     splits = data.splits
@@ -36,7 +40,7 @@ def header(
         f"vocabulary {model_cfg.vocab_size}; {start}",
         "data": f"{data.name}: {splits['train'].tokens:,} training tokens, "
         f"{splits['val'].tokens:,} for validation{describe_packing(windows)}",
-        "device": f"{describe_devices()}, "
+        "device": f"{describe_devices()}{describe_mesh(mesh, model_cfg)}, "
         f"{describe_arithmetic(execution, model_cfg, config.block_size, packed)}, {peak}",
         "batch": f"{config.global_batch_size} x {config.block_size} = {n_tokens:,} tokens a "
         f"step, in {execution.n_micro} micro-batches of {execution.micro_batch_size}, "

@@ -31,8 +31,15 @@ class Interruption:
     second one is not answered. What was not on disk by then is lost, and nothing else.
     """
 
-    def __init__(self, on_request: Callable[[], None], deadline_s: float = 0.0) -> None:
-        self._on_request, self._deadline_s = on_request, deadline_s
+    def __init__(
+        self,
+        on_request: Callable[[], None],
+        deadline_s: float = 0.0,
+        agree: Callable[[int], int] = lambda number: number,
+    ) -> None:
+        """`agree` makes of this process's signal, or 0, that of all the run's processes, which
+        call `check` equally often."""
+        self._on_request, self._deadline_s, self._agree = on_request, deadline_s, agree
         self._requested: str | None = None
         self._previous: dict[int, Any] = {}
         self._previous_fd = -1
@@ -61,9 +68,10 @@ class Interruption:
             self._sockets[1].close()  # the thread hears that, and ends
 
     def check(self) -> None:
-        """Interrupted, if a signal has come."""
-        if self._requested is not None:
-            raise Interrupted(self._requested)
+        """Interrupted, if a signal has come, to any of the run's processes."""
+        requested = 0 if self._requested is None else signal.Signals[self._requested].value
+        if agreed := self._agree(requested):
+            raise Interrupted(signal.Signals(agreed).name)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._requested is not None:

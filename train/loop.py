@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from eqx_gpt import lora
@@ -24,6 +25,7 @@ from eqx_gpt.tree import cast, count_params
 from train.batches import bad_steps
 from train.checkpoint import Checkpoints
 from train.clock import Clock
+from train.cluster import Hosts
 from train.config import TrainConfig
 from train.data import prefetched
 from train.devices import Execution
@@ -32,13 +34,22 @@ from train.evaluate import sampled_loss
 from train.guard import BadSteps
 from train.header import header
 from train.history import add_sample
+from train.hosts import Vote, ending_together, is_writer, join
 from train.interrupt import Interrupted, Interruption
 from train.lock import locked
 from train.loggers import Logger, extra_loggers
 from train.manifest import SPLITS, Manifest
+from train.mesh import (
+    around,
+    batch_on,
+    choose_mesh,
+    n_parts,
+    on_every_device,
+    with_shardings,
+)
 from train.metrics import MetricsFile, flops_per_token
 from train.optimizer import make_optimizer
-from train.packing import Packed, micro_batches, windows_of
+from train.packing import Packed, windows_of
 from train.peaks import peak_flops
 from train.plot import plot_losses
 from train.profile import Profile
@@ -97,45 +108,73 @@ def train(
     config: TrainConfig,
     data: Manifest,
     *,
-    pretrained: Callable[[], GPT] | None = None,
+    pretrained: Callable[..., GPT] | None = None,
     resume: bool = False,
     process: str | None = None,
+    hosts: Hosts | None = None,
 ) -> Outcome:
     """Run `config` on `data`, in `config.out_dir`.
 
     **Arguments:**
 
-    - `pretrained`: loads the model to start from; None is a new one. Not called to resume, once
-      there is a checkpoint.
+    - `pretrained`: loads the model to start from, on a mesh if called with `mesh=`; None is a new
+      one. Not called to resume, once there is a checkpoint.
     - `resume`: go on with the run in `config.out_dir`, exactly where it was.
     - `process`: what the header says of the process's environment.
+    - `hosts`: where the run's other processes are; None is a run of this process, or of those that
+      have joined already.
 
     **Raises:** ValueError (also as RunError, DatasetError) for what the user can mend. Whatever
     happens, the directory keeps its last whole checkpoint.
     """
     began = time.monotonic()
     config.check_together()
+    if hosts is not None:
+        join(hosts)
+
+    def run() -> Outcome:
+        mesh = choose_mesh(config.mesh_shape, config.global_batch_size)
+        with around(mesh):
+            return _train(config, data, pretrained, resume, process, mesh)
+
+    return ending_together(run)
+
+
+def _train(
+    config: TrainConfig,
+    data: Manifest,
+    pretrained: Callable[..., GPT] | None,
+    resume: bool,
+    process: str | None,
+    mesh: Mesh | None,
+) -> Outcome:
     if not resume:
         check_startable(config.out_dir)
     from_start = not has_checkpoint(config.out_dir)
-    start = lora.merge(pretrained()) if pretrained is not None and from_start else None
+    start = None
+    if pretrained is not None and from_start:
+        start = lora.merge(pretrained() if mesh is None else pretrained(mesh=mesh))
     if resume:
         model_cfg = resumed_model(config, data)
     else:
         config, model_cfg = started_model(config, data, start)
         skeleton(config, model_cfg, jnp.float32)  # wrong names end here, with nothing written
-    writes = jax.process_index() == 0 and not (resume and config.eval_only)
-    with locked(config.out_dir) if writes else nullcontext(), Display(config.max_iters) as display:
-        if not resume:
+    writes = is_writer() and not (resume and config.eval_only)
+    with (
+        locked(config.out_dir) if writes else nullcontext(),
+        Display(config.max_iters, silent=not is_writer()) as display,
+    ):
+        if not resume and writes:
             check_startable(config.out_dir)  # another may have run here in the meantime
             write_run(config, model_cfg, data)
-        trainer = Trainer(config, data, model_cfg, start, display, process, began)
+        trainer = Trainer(config, data, model_cfg, start, display, process, began, mesh)
         del start  # its arrays are copied
-        if resume and not config.eval_only:
+        if resume and not config.eval_only and is_writer():
             write_run(config, model_cfg, data)
         with Interruption(
             lambda: display.line("stopping soon; once more ends at once, unsaved"),
             config.preemption_s,
+            Vote(),
         ) as signals:
             try:
                 return trainer.run(signals)
@@ -155,10 +194,11 @@ class Trainer:
         display: Display,
         process: str | None = None,
         began: float | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         """`began`: what `time.monotonic()` was when the time of the run began; None is now."""
         began = time.monotonic() if began is None else began
-        self.config, self.data, self.display = config, data, display
+        self.config, self.data, self.display, self.mesh = config, data, display, mesh
         self.model_cfg, self.unharmed = model_cfg, Unharmed(display.line)
         self.directory = Path(config.out_dir)
         self.windows = windows_of(data, "train", config.block_size, config.seed)
@@ -169,7 +209,9 @@ class Trainer:
         shapes = skeleton(config, model_cfg, jnp.float32)
         n_params, n_frozen = count_params(shapes.model), count_params(shapes.frozen)
         platform = jax.default_backend()
-        self.execution = Execution.choose(config, model_cfg, n_params, platform, n_frozen)
+        self.execution = Execution.choose(
+            config, model_cfg, n_params, platform, n_frozen, n_parts(mesh)
+        )
         model_cfg = dataclasses.replace(model_cfg, unroll=self.execution.unroll)
         self.flops_per_token = flops_per_token(
             n_params, model_cfg.n_layer, model_cfg.n_embd, config.block_size, n_frozen
@@ -178,6 +220,7 @@ class Trainer:
         self.peak_flops = peak_flops(self.execution.dtype)
 
         key_model, key_steps = jax.random.split(jax.random.key(config.seed))
+        key_steps = on_every_device(key_steps, mesh)
         self.recipe = Recipe(
             make_optimizer(config), self.execution.dtype, key_steps, config.z_loss,
             config.label_smoothing, config.ema_decay, config.skip_spikes,
@@ -196,7 +239,7 @@ class Trainer:
             self.state = computing(state, self.execution.dtype)
             self.progress = Progress()
         else:
-            shapes = skeleton(config, model_cfg, self.execution.dtype)
+            shapes = with_shardings(skeleton(config, model_cfg, self.execution.dtype), mesh)
             self.state, progress = self.checkpoints.restore(shapes)
             self.progress = Progress(**progress)
         self.steps_done = int(self.state.step)
@@ -213,7 +256,9 @@ class Trainer:
         self.metrics: MetricsFile | None = None
         self.closing = ExitStack()
         self.loggers: dict[int, Logger] = {}
-        if not (config.eval_only and self.steps_done):  # a look at a run is no part of it
+        if is_writer() and not (
+            config.eval_only and self.steps_done
+        ):  # a look at a run is no part of it
             self.metrics = MetricsFile(
                 self.directory / "metrics.jsonl", self.steps_done, self.progress.evaluated_at
             )
@@ -222,6 +267,7 @@ class Trainer:
             )
             self.loggers = dict(enumerate([self.metrics.write, *more]))
         self.reached = False
+        self.clocks = Vote()
         self.plotted_at = time.monotonic()
         self.profile = Profile(self.directory, config.profiled)
         self.clock = Clock(self.progress.seconds, self.progress.elapsed_s, since=began)
@@ -230,6 +276,7 @@ class Trainer:
                 config, model_cfg, data,
                 windows=self.windows, execution=self.execution, n_params=n_params,
                 n_frozen=n_frozen, peak_flops=self.peak_flops, steps_done=self.steps_done,
+                mesh=mesh,
             )
             | ({} if process is None else {"process": process})
         )  # fmt: skip
@@ -244,7 +291,7 @@ class Trainer:
     def run(self, signals: Interruption) -> Outcome:
         """Train to the end or to the interruption, and leave the last whole step on disk."""
         out_dir, interrupted_by, saved = self.config.out_dir, None, True
-        if not self.config.eval_only:
+        if is_writer() and not self.config.eval_only:
             precision = jnp.dtype(self.execution.dtype).name
             record = process_record(steps_done=self.steps_done, precision=precision)
             with self.unharmed("run.json"):
@@ -275,9 +322,7 @@ class Trainer:
         with self.clock.phase("other"):
             with self.unharmed("profile"):
                 self._tell(*self.profile.close(self.steps_done))
-            with self.unharmed("loss.png"):
-                plot_losses(self.directory)
-            self._tell(*try_report(self.directory))
+            self._draw()
         if not self.config.eval_only:
             tokens = self.steps_done * self.tokens_per_step
             flops = tokens * self.flops_per_token
@@ -324,8 +369,8 @@ class Trainer:
 
     def _windows_of(self, step: int) -> Array | Packed:
         """Of a step, with the axes accum, micro, seq_plus_1."""
-        windows = self.windows.batch(step, self.config.global_batch_size)
-        return jax.tree.map(jnp.asarray, micro_batches(windows, self.execution.n_micro))
+        n_sequence, n_micro = self.config.global_batch_size, self.execution.n_micro
+        return batch_on(self.mesh, self.windows, step, n_sequence, n_micro)
 
     def _step_from_host(
         self, windows: Array | Packed, signals: Interruption
@@ -359,7 +404,8 @@ class Trainer:
         at_end = step == config.max_iters
         evaluates = step % config.eval_interval == 0 or at_end
         samples = config.sample_interval and step % config.sample_interval == 0
-        overdue = 0 < config.checkpoint_minutes * 60 < time.monotonic() - self.saver.saved_at
+        late = 0 < config.checkpoint_minutes * 60 < time.monotonic() - self.saver.saved_at
+        overdue = self.clocks(int(late)) > 0
         saves = step % (config.checkpoint_interval or config.eval_interval) == 0 or overdue
         if evaluates or samples or saves:
             jax.block_until_ready(self.state)  # which is still time of the step
@@ -393,6 +439,7 @@ class Trainer:
                 micro_batch_size=self.execution.micro_batch_size,
                 dtype=self.execution.dtype,
                 progress=report,
+                mesh=self.mesh,
             )
         mark = self._keep_if_best(losses["val"])
         self.display.line(
@@ -402,9 +449,7 @@ class Trainer:
         self._log({"iter": step, "val_loss": losses["val"], "eval_train_loss": losses["train"]})
         if time.monotonic() - self.plotted_at > PLOT_EVERY_S:
             with self.clock.phase("other"):
-                with self.unharmed("loss.png"):
-                    plot_losses(self.directory)
-                self._tell(*try_report(self.directory))
+                self._draw()
             self.plotted_at = time.monotonic()
 
     def _evaluate_whole(self, signals: Interruption, target: float) -> None:
@@ -452,7 +497,8 @@ class Trainer:
         tokens = generate(model, prompt, 200, key=key, temperature=0.8, top_k=200)
         text = tokenizer.decode(tokens.tolist())
         self.display.line(f"sample at {self.steps_done}: {text}")
-        add_sample(self.directory, self.steps_done, text)
+        if is_writer():
+            add_sample(self.directory, self.steps_done, text)
 
     def _save(self, *, wait: bool = False) -> bool:
         """Is the newest step on disk, or without `wait`, on its way? See `Saver`."""
@@ -508,6 +554,13 @@ class Trainer:
         for i, logger in self.loggers.items():
             with self.unharmed(f"logger {i}" if i else "metrics.jsonl"):
                 logger(record)
+
+    def _draw(self) -> None:
+        """The pictures of the run so far."""
+        if is_writer():
+            with self.unharmed("loss.png"):
+                plot_losses(self.directory)
+            self._tell(*try_report(self.directory))
 
     def _tell(self, *lines: str) -> None:
         for line in lines:

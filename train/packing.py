@@ -77,15 +77,36 @@ class PackedWindows:
     def per_epoch(self) -> int:
         return len(self._windows)
 
-    def batch(self, step: int, batch_size: int) -> Packed:
-        """The windows of a step."""
-        return self.samples(step * batch_size, batch_size)
+    @cached_property
+    def _learnt(self) -> Int64[np.ndarray, " windows"]:
+        """How many tokens of each window are learnt."""
+        begins, lengths = self.documents
+        edges = np.stack([begins, begins + lengths], axis=1).reshape(-1)
+        learnt = np.append((self.flags & LEARNT) > 0, False)
+        of_document = np.add.reduceat(learnt, edges, dtype=np.int64)[::2]
+        return np.array([of_document[window].sum() for window in self._windows])
 
-    def samples(self, first: int, n: int) -> Packed:
+    def n_learnt(self, first: int, n: int) -> int:
+        """How many tokens are learnt of the windows `first` to `first + n` of a run."""
+        return sum(
+            int(self._learnt[order].sum())
+            for _, order, _ in drawn(first, n, self.per_epoch, self.seed)
+        )
+
+    def batch(self, step: int, batch_size: int, rows: range | None = None) -> Packed:
+        """The windows of a step, all or some."""
+        first = step * batch_size
+        if rows is None:
+            return self.samples(first, batch_size)
+        n_learnt = self.n_learnt(first, batch_size)
+        return self.samples(first + rows.start, len(rows), of=(batch_size, n_learnt))
+
+    def samples(self, first: int, n: int, of: tuple[int, int] | None = None) -> Packed:
         """The windows `first` to `first + n` of a run.
 
         Their weights are equal for the tokens that are learnt, and 1 on average over all: the mean
-        over all tokens, in however many equal parts, is that over the tokens learnt.
+        over all tokens, in however many equal parts, is that over the tokens learnt. Where these
+        windows are part of more, `of` is how many, and of how many tokens that are learnt.
         """
         shape = (n, self.block_size + 1)
         tokens, weights = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
@@ -104,7 +125,9 @@ class PackedWindows:
                 starts[row, at:] = at  # padding sees itself
         # No first token of a document is learnt, so no target is another document's.
         weights, starts = weights[:, 1:], starts[:, :-1]
-        return Packed(tokens, weights * (weights.size / weights.sum(dtype=np.float32)), starts)
+        n_window, n_learnt = (n, weights.sum(dtype=np.float32)) if of is None else of
+        mean = n_window * self.block_size / np.float32(n_learnt)
+        return Packed(tokens, weights * mean, starts)
 
 
 def windows_of(

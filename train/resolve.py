@@ -1,7 +1,8 @@
 """From what a user asked for to a config and its data: preset < file < flags, or a run's own."""
 
+import argparse
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +28,22 @@ class Wishes:
     flags: Mapping[str, str]
 
 
+def first_look(argv: Sequence[str]) -> Wishes:
+    """--preset, --config, and the flags that decide what the others override."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("preset", "config", "init_from", "out_dir", "dataset"):
+        parser.add_argument(*{f"--{name}", f"--{name.replace('_', '-')}"}, dest=name)
+    found = vars(parser.parse_known_args(argv)[0])
+    flags = {k: v for k, v in found.items() if v is not None and k not in ("preset", "config")}
+    return Wishes(found["preset"], found["config"], flags)
+
+
 def base_config(wishes: Wishes) -> tuple[TrainConfig, bool]:
     """The config that the flags override, and whether it is that of a run to resume.
 
     To resume, the run's own config stands in place of preset and file, which then only say where
-    the run is; its `init_from` says what the run once started from.
+    the run is; its `init_from` says what the run once started from. Its mesh is chosen anew, for
+    the devices may be others.
     """
     config = TrainConfig() if wishes.preset is None else get_preset(wishes.preset)
     if wishes.file is not None:
@@ -41,7 +53,7 @@ def base_config(wishes: Wishes) -> tuple[TrainConfig, bool]:
     given = wishes.flags.get("out_dir")
     places = [config.out_dir, _fallback_place(config)] if given is None else [given]
     out_dir = next(filter(has_run, places), places[0])
-    return dataclasses.replace(run_config(out_dir), out_dir=out_dir), True
+    return dataclasses.replace(run_config(out_dir), out_dir=out_dir, mesh="auto"), True
 
 
 def open_data(wishes: Wishes, config: TrainConfig) -> tuple[TrainConfig, Manifest, str | None]:

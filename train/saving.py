@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from train.checkpoint import Checkpoints
 from train.interrupt import Interrupted
 from train.step import TrainState
@@ -25,6 +27,8 @@ class Unharmed:
         except Interrupted:
             raise
         except Exception as error:
+            if not once and jax.process_count() > 1:
+                raise  # the other processes take part in it, and would wait for this one
             if not (once and what in self._said):
                 more = "; this is said once" if once else ""
                 self._say(f"{what.upper()} FAILED, the run goes on{more}: {reason(error)}")

@@ -14,6 +14,7 @@ from eqx_gpt.shapes import PRNGKey
 from eqx_gpt.tree import cast
 from train.config import TrainConfig, architecture, model_config
 from train.manifest import Manifest
+from train.mesh import placed
 from train.optimizer import make_optimizer, trainable
 from train.step import TrainState
 
@@ -64,11 +65,15 @@ def new_state(
         model = pretrained.crop_block_size(model_cfg.block_size).with_config(model_cfg)
     if config.lora is not None:
         model = lora.init(model, config.lora, key=jax.random.fold_in(key, 1))
-    return TrainState.init(
-        model,
-        make_optimizer(config),
-        trainable(config, model),
-        averaged=config.ema_decay > 0,
+    # Placed before as well: the optimizer's moments are made like the weights.
+    model = placed(model)
+    return placed(
+        TrainState.init(
+            model,
+            make_optimizer(config),
+            trainable(config, model),
+            averaged=config.ema_decay > 0,
+        )
     )
 
 

@@ -23,6 +23,7 @@ from eqx_gpt.gpt import GPT
 from eqx_gpt.shapes import PRNGKey, Scalar
 from train.guard import Guard
 from train.loss import next_token_loss
+from train.mesh import placed
 from train.packing import Packed
 
 
@@ -238,7 +239,7 @@ def _gradients(
         )
 
     loss, grads = eqx.filter_value_and_grad(loss_of)(state.params)
-    return Gradients(loss, grads, jnp.ones((), jnp.int32))
+    return placed(Gradients(loss, grads, jnp.ones((), jnp.int32)))
 
 
 def _apply(
@@ -263,7 +264,7 @@ def _apply(
     guard = state.guard.after(taken, norm)
     metrics = StepMetrics(loss, norm, guard.skipped, guard.in_row)
     state = TrainState(params, state.frozen, opt_state, state.step + 1, guard, average)
-    return state, metrics
+    return placed(state), metrics
 
 
 def _averaged(decay: float, step: Array, average: GPT | None, params: GPT) -> GPT | None:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from eqx_gpt.ops import blocked_attention, fused
 from eqx_gpt.ops.dropout import dropout
+from eqx_gpt.ops.meshed import by_heads
 from eqx_gpt.ops.platform import by_platform
 from eqx_gpt.shapes import PRNGKey
 
@@ -42,8 +43,20 @@ def causal_attention(
     options = {"window": window, "softcap": softcap}
     asked = {"dtype": q.dtype, "head_dim": q.shape[-1], "seq": q.shape[-3], **options}
     if platform and not fused.refusal(platform, **asked, packed=starts is not None):
-        return fused.attention(platform, q, k, v, scale=scale, starts=starts, **options)
+        attend = partial(_fused, platform, scale=scale, **options)
+        return by_heads(attend, q, k, v, starts)
     return _attention(q, k, v, starts, window, scale, softcap)
+
+
+def _fused(
+    platform: fused.Platform,
+    q: Array,
+    k: Array,
+    v: Array,
+    starts: Array | None,
+    **options: Any,
+) -> Array:
+    return fused.attention(platform, q, k, v, starts=starts, **options)
 
 
 def causal_scores(
@@ -102,7 +115,10 @@ def _forward(
         out = _plain_attention(q, k, v, starts, window, scale, softcap)
         return out, jnp.zeros(q.shape[:-1], jnp.float32)
 
-    out, lse = by_platform(q, k, v, starts, cpu=blocked, default=plain)
+    def chosen(*arrays: Array | None) -> tuple[Array, Array]:
+        return by_platform(*arrays, cpu=blocked, default=plain)
+
+    out, lse = by_heads(chosen, q, k, v, starts)
     return out, (q, k, v, starts, out, lse)
 
 
@@ -110,7 +126,7 @@ def _backward(
     window: int | None,
     scale: float,
     softcap: float | None,
-    residuals: tuple[Array | None, ...],
+    residuals: tuple[Any, ...],
     d: Array,
 ) -> tuple[Array, Array, Array, None]:
     def blocked(*arrays: Any) -> tuple:
@@ -124,7 +140,10 @@ def _backward(
 
         return jax.vjp(attend, q, k, v)[1](rest[-1])
 
-    return *by_platform(*residuals, d, cpu=blocked, default=plain), None
+    def chosen(*arrays: Array | None) -> tuple:
+        return by_platform(*arrays, cpu=blocked, default=plain)
+
+    return *by_heads(chosen, *residuals, d), None
 
 
 _attention.defvjp(_forward, _backward)

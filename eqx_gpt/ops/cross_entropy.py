@@ -3,19 +3,31 @@
 The logits of one chunk of tokens are made, used and dropped. While they exist, the forward pass
 of a differentiated call also makes the gradients from them, so nothing is computed twice: three
 products of (tokens x d_model x vocab) in all, as in the plain form.
+
+On a mesh each device does so for its sequences and its part of the vocabulary (Megatron-LM's
+vocabulary-parallel loss, Shoeybi et al. 2019, arXiv:1909.08053, section 3), and the gradients are
+added up once, behind the last chunk.
 """
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from eqx_gpt.ops.int8 import Int8
 from eqx_gpt.ops.matmul import linear, product, transposed
+from eqx_gpt.ops.meshed import BATCH, WEIGHT, fitting, mesh_here
 from eqx_gpt.ops.platform import stored
 from eqx_gpt.shapes import Scalar
+
+T = TypeVar("T")
 
 _CHUNK_LOGITS = 2**26  # elements: 256 MiB of float32
 
@@ -28,6 +40,111 @@ def head_logits(
 ) -> Float[Array, "*batch vocab"]:
     """hidden @ weight.T + bias, bent to softcap * tanh(logits / softcap); float32."""
     return _bent(linear(hidden, weight, bias, jnp.float32), softcap)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """How the head's work is split over a mesh: batches, and where it divides it, the vocabulary.
+
+    `over` is all axes that batches are split over, where they can be; `n_batch` into how many
+    parts they are.
+    """
+
+    mesh: AbstractMesh
+    hidden: PartitionSpec
+    weight: PartitionSpec
+
+    @staticmethod
+    def of(mesh: AbstractMesh, hidden: Array, weight: Array) -> "_Parts":
+        axes = (BATCH, *(None,) * (hidden.ndim - 1)) if hidden.ndim > 2 else ()
+        return _Parts(mesh, fitting(mesh, hidden.shape, axes), fitting(mesh, weight.shape, WEIGHT))
+
+    @property
+    def over(self) -> tuple[str, ...]:
+        return tuple(axis for axis in BATCH if axis in self.mesh.shape)
+
+    @property
+    def n_batch(self) -> int:
+        split = self.hidden[0] is not None
+        return math.prod(self.mesh.shape[axis] for axis in self.over) if split else 1
+
+    @property
+    def vocab(self) -> str | None:
+        return self.weight[0]
+
+    def run(self, fn: Callable[..., T], hidden: Array, weight: Array, targets: Array,
+            bias: Array | None, token_weights: Array | None, out: Any) -> T:  # fmt: skip
+        tokens = PartitionSpec(*self.hidden[:-1])
+        in_specs = (self.hidden, self.weight, tokens, PartitionSpec(self.vocab), tokens)
+        args = (hidden, weight, targets, bias, token_weights)
+        in_specs = tuple(
+            None if x is None else spec for x, spec in zip(args, in_specs, strict=True)
+        )
+        return jax.shard_map(fn, in_specs=in_specs, out_specs=out, check_vma=False)(*args)
+
+    def gather(self, weight: Array) -> Array:
+        if self.weight[1] is None:
+            return weight
+        return lax.all_gather(weight, self.weight[1], axis=1, tiled=True)
+
+    def mean(self, x: Array) -> Array:
+        """Of means over parts of the batch."""
+        return lax.pmean(x, self.over) if self.over else x
+
+    def scatter(self, d_weight: Array) -> Array:
+        """`mean`, of which each device keeps its part."""
+        fsdp = self.weight[1]
+        if fsdp is None:
+            return self.mean(d_weight)
+        d_weight = d_weight / jnp.asarray(self.mesh.shape[fsdp], d_weight.dtype)
+        d_weight = lax.psum_scatter(d_weight, fsdp, scatter_dimension=1, tiled=True)
+        return lax.pmean(d_weight, "data") if "data" in self.over else d_weight
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """What the loss of a token is made of, from logits of all of the vocabulary's `n_vocab` tokens
+    or, within `shard_map`, of those of this part along `axis` of the mesh."""
+
+    n_vocab: int
+    z_loss: float
+    label_smoothing: float
+    axis: str | None = None
+
+    def over(self, axis: str | None) -> "_Terms":
+        return replace(self, axis=axis)
+
+    def ids(self, n: int) -> Int[Array, " vocab"]:
+        """The tokens whose logits are here, `n` of them."""
+        here = jnp.arange(n)
+        return here if self.axis is None else lax.axis_index(self.axis) * n + here
+
+    def logsumexp(self, logits: Array) -> Float[Array, "rows 1"]:
+        if self.axis is None:
+            return jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        top = lax.pmax(jnp.max(logits, axis=-1, keepdims=True), self.axis)
+        powers = jnp.exp(logits - jnp.broadcast_to(top, logits.shape))
+        return top + jnp.log(lax.psum(jnp.sum(powers, axis=-1, keepdims=True), self.axis))
+
+    def losses(self, logits: Array, lse: Array, labels: Array) -> Float[Array, " rows"]:
+        """`lse` is `logsumexp(logits)`."""
+        target = self._at(logits, labels)
+        if self.label_smoothing:
+            mean = self._sum(jnp.sum(logits, axis=-1)) / self.n_vocab
+            target = (1 - self.label_smoothing) * target + self.label_smoothing * mean
+        loss = lse[:, 0] - target
+        return loss + self.z_loss * jnp.square(lse[:, 0]) if self.z_loss else loss
+
+    def _at(self, logits: Array, labels: Array) -> Array:
+        if self.axis is None:
+            return jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+        n = logits.shape[-1]
+        here = labels - lax.axis_index(self.axis) * n
+        at = jnp.take_along_axis(logits, jnp.clip(here, 0, n - 1)[:, None], axis=-1)[:, 0]
+        return self._sum(jnp.where((here >= 0) & (here < n), at, 0))
+
+    def _sum(self, x: Array) -> Array:
+        return x if self.axis is None else lax.psum(x, self.axis)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 6, 7))
@@ -50,13 +167,37 @@ def cross_entropy(
     `z_loss` times the squared logarithm of the softmax's denominator is added (arXiv:2204.02311,
     section 5).
     """
+    mesh, terms = mesh_here(), _Terms(weight.shape[0], z_loss, label_smoothing)
+    if mesh is None:
+        return _loss(hidden, weight, targets, bias, softcap, token_weights, terms)
+    parts = _Parts.of(mesh, hidden, weight)
+
+    def of_part(
+        hidden: Array, weight: Array, targets: Array, bias: Array | None, weights: Array | None
+    ) -> Scalar:
+        weight = parts.gather(weight)
+        loss = _loss(hidden, weight, targets, bias, softcap, weights, terms.over(parts.vocab))
+        return parts.mean(loss)
+
+    return parts.run(of_part, hidden, weight, targets, bias, token_weights, out=PartitionSpec())
+
+
+def _loss(
+    hidden: Array,
+    weight: Array,
+    targets: Array,
+    bias: Array | None,
+    softcap: float | None,
+    token_weights: Array | None,
+    terms: _Terms,
+) -> Scalar:
     rows, labels, real = _chunked(hidden, weight, targets, token_weights)
 
     def add_chunk(total: Scalar, chunk: tuple[Array, Array, Array]) -> tuple[Scalar, None]:
         x, y, mask = chunk
         logits = head_logits(x, weight, bias, softcap)
-        lse = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        return total + jnp.sum(_losses(logits, lse, y, z_loss, label_smoothing) * mask), None
+        losses = terms.losses(logits, terms.logsumexp(logits), y)
+        return total + jnp.sum(losses * mask), None
 
     total, _ = lax.scan(add_chunk, jnp.zeros((), jnp.float32), (rows, labels, real))
     return total / targets.size
@@ -72,6 +213,39 @@ def _forward(
     z_loss: float,
     label_smoothing: float,
 ) -> tuple[Scalar, tuple[Array, Array, Array | None]]:
+    mesh, terms = mesh_here(), _Terms(weight.shape[0], z_loss, label_smoothing)
+    if mesh is None:
+        return _loss_and_gradients(hidden, weight, targets, bias, softcap, token_weights, terms)
+    parts = _Parts.of(mesh, hidden, weight)
+
+    def of_part(
+        hidden: Array, weight: Array, targets: Array, bias: Array | None, weights: Array | None
+    ) -> tuple[Scalar, tuple[Array, Array, Array | None]]:
+        loss, (d_hidden, d_weight, d_bias) = _loss_and_gradients(
+            hidden, parts.gather(weight), targets, bias, softcap, weights, terms.over(parts.vocab)
+        )
+        if parts.vocab is not None:
+            d_hidden = lax.psum(d_hidden, parts.vocab)
+        d_hidden = d_hidden / jnp.asarray(parts.n_batch, d_hidden.dtype)
+        d_bias = None if d_bias is None else parts.mean(d_bias)
+        return parts.mean(loss), (d_hidden, parts.scatter(d_weight), d_bias)
+
+    d_bias = None if bias is None else PartitionSpec(parts.vocab)
+    out = PartitionSpec(), (parts.hidden, parts.weight, d_bias)
+    return parts.run(of_part, hidden, weight, targets, bias, token_weights, out=out)
+
+
+def _loss_and_gradients(
+    hidden: Array,
+    weight: Array,
+    targets: Array,
+    bias: Array | None,
+    softcap: float | None,
+    token_weights: Array | None,
+    terms: _Terms,
+) -> tuple[Scalar, tuple[Array, Array, Array | None]]:
+    """As `_loss`, and the gradients of the hidden vectors, to be summed over the parts of the
+    vocabulary, of the weight and of the bias."""
     rows, labels, real = _chunked(hidden, weight, targets, token_weights)
     weight_t = transposed(weight)
     offset = None if bias is None else bias.astype(jnp.float32)[None, :]
@@ -85,16 +259,16 @@ def _forward(
         if offset is not None:
             logits = logits + jnp.broadcast_to(offset, logits.shape)
         logits = _bent(logits, softcap)
-        lse = stored(jax.nn.logsumexp(logits, axis=-1, keepdims=True))
-        loss = _losses(logits, lse, y, z_loss, label_smoothing)
+        lse = stored(terms.logsumexp(logits))
+        loss = terms.losses(logits, lse, y)
         # The target is subtracted before any rounding, so that a confident prediction keeps the
         # digits of its small gradient.
-        one_hot = (y[:, None] == jnp.arange(weight.shape[0])[None, :]).astype(jnp.float32)
+        one_hot = (y[:, None] == terms.ids(weight.shape[0])[None, :]).astype(jnp.float32)
         probability = jnp.exp(logits - jnp.broadcast_to(lse, logits.shape))
-        if z_loss:
-            probability = probability * jnp.broadcast_to(1 + 2 * z_loss * lse, logits.shape)
-        if label_smoothing:
-            one_hot = (1 - label_smoothing) * one_hot + label_smoothing / weight.shape[0]
+        if terms.z_loss:
+            probability = probability * jnp.broadcast_to(1 + 2 * terms.z_loss * lse, logits.shape)
+        if terms.label_smoothing:
+            one_hot = (1 - terms.label_smoothing) * one_hot + terms.label_smoothing / terms.n_vocab
         d_logits = probability - one_hot
         d_logits = d_logits * jnp.broadcast_to((mask / targets.size)[:, None], d_logits.shape)
         if softcap is not None:
@@ -150,17 +324,3 @@ def _chunked(
 
 def _bent(logits: Array, softcap: float | None) -> Array:
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
-
-
-def _at_labels(logits: Array, labels: Array) -> Array:
-    return jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
-
-
-def _losses(
-    logits: Array, lse: Array, labels: Array, z_loss: float, label_smoothing: float
-) -> Float[Array, " rows"]:
-    target = _at_labels(logits, labels)
-    if label_smoothing:
-        target = (1 - label_smoothing) * target + label_smoothing * jnp.mean(logits, axis=-1)
-    loss = lse[:, 0] - target
-    return loss + z_loss * jnp.square(lse[:, 0]) if z_loss else loss
