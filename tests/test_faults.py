@@ -367,7 +367,7 @@ def test_a_run_killed_again_and_again_is_the_run_that_was_not(place):
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
     assert (found["kills"], found["exact"]) == (4, True)
-    assert found["checkpoint"] and found["evaluation"], found
+    assert min(found["checkpoint"], found["evaluation"]) > 0
 
 
 def test_a_command_verifies_that_a_run_resumes_exactly(place):
