@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -33,6 +34,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="eqx_gpt_verify_") as place:
         straight, stopped = Path(place) / "straight", Path(place) / "stopped"
         started = [*cheap, *flags, *fixed, "--wandb_log=False"]
+        say = partial(print, file=sys.stderr)
         say(f"{n} steps without interruption")
         run([*started, f"--out_dir={straight}"])
         argv = [*started, f"--out_dir={stopped}"]
@@ -52,7 +54,7 @@ def main() -> int:
         print(f"DIFFERS: {line}", file=sys.stderr)
     same = "is NOT" if found else "is, bit for bit,"
     print(f"A run of {n} steps, {options.interruptions} times interrupted, {same} the run that was")
-    print("not: its steps in their order, all losses, the parameters and the optimizer's moments.")
+    print("not: its steps in order, all losses, the parameters and the optimizer's moments.")
     return 1 if found else 0
 
 
@@ -71,10 +73,6 @@ def run(argv: list[str], sent: signal.Signals | None = None, step: int = 0, s: f
     late = any("has done" in line for line in said[-3:])  # the signal before came at the end
     if process.returncode not in (0, -signal.SIGKILL, 143) and not late:
         raise ValueError(f"train.py ended with {process.returncode}:\n{''.join(said[-9:])}")
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 if __name__ == "__main__":

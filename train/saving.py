@@ -60,10 +60,9 @@ class Saver:
         Nothing is written if a checkpoint of this step knows of this step's evaluation already.
         """
         now = (step, progress["evaluated_at"])
-        if wait:
-            self._try(self._checkpoints.wait)
-        else:
-            self.poll()
+        if self._saved == now and not wait:
+            return True
+        self._try(self._checkpoints.wait)  # what failed before is said, and no reason not to try
         if self._saved == now:
             return True
         if not (self._try(self._mend_directory) and self._try(
