@@ -135,7 +135,7 @@ def train(
     def run() -> Outcome:
         mesh = choose_mesh(config.mesh_shape, config.global_batch_size)
         with around(mesh):
-            return _train(config, data, pretrained, resume, process, mesh)
+            return _train(config, data, pretrained, resume, process, mesh, began)
 
     return ending_together(run)
 
@@ -147,6 +147,7 @@ def _train(
     resume: bool,
     process: str | None,
     mesh: Mesh | None,
+    began: float,
 ) -> Outcome:
     if not resume:
         check_startable(config.out_dir)
@@ -256,9 +257,8 @@ class Trainer:
         self.metrics: MetricsFile | None = None
         self.closing = ExitStack()
         self.loggers: dict[int, Logger] = {}
-        if is_writer() and not (
-            config.eval_only and self.steps_done
-        ):  # a look at a run is no part of it
+        looks_only = config.eval_only and self.steps_done  # which is no part of the run
+        if is_writer() and not looks_only:
             self.metrics = MetricsFile(
                 self.directory / "metrics.jsonl", self.steps_done, self.progress.evaluated_at
             )
@@ -511,7 +511,8 @@ class Trainer:
         return self.saver.save(self.state, self.steps_done, progress, wait=wait)
 
     def _mend_directory(self) -> None:
-        write_run(self.config, self.model_cfg, self.data)
+        if is_writer():
+            write_run(self.config, self.model_cfg, self.data)
         if self.metrics is not None:
             self.metrics.rescue()
 

@@ -91,15 +91,6 @@ def describe_mesh(mesh: Mesh | None, model: GPTConfig) -> str:
     return text
 
 
-def n_peaks(mesh: Mesh | None) -> int:
-    """How many times the peak of `train.metrics.peak_flops` the mesh can do: the devices that a CPU
-    is divided into share one."""
-    if mesh is None:
-        return 1
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return jax.process_count() if on_cpu else mesh.size
-
-
 def around(mesh: Mesh | None) -> AbstractContextManager[Any]:
     """Within, what is computed is split over the mesh."""
     return nullcontext() if mesh is None else jax.set_mesh(mesh)
