@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -17,12 +17,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def parse(arguments: type[T], default: T | None = None) -> T:
-    """The command line as a dataclass: `--a_b 1`, `--a_b=1` or `--a-b 1`; booleans take a value."""
+def parse(arguments: type[T], default: T | None = None, args: Sequence[str] | None = None) -> T:
+    """The command line as a dataclass: `--a_b 1`, `--a_b=1` or `--a-b 1`; booleans take a value.
+
+    `args` are the process's if None.
+    """
     config = (tyro.conf.FlagConversionOff,)
     if default is None:
-        return tyro.cli(arguments, config=config, use_underscores=True)
-    return tyro.cli(arguments, default=default, config=config, use_underscores=True)
+        return tyro.cli(arguments, args=args, config=config, use_underscores=True)
+    return tyro.cli(arguments, args=args, default=default, config=config, use_underscores=True)
 
 
 def model_source(init_from: str, out_dir: str) -> "Callable[[], tuple[GPT, Tokenizer]]":

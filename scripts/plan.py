@@ -1,8 +1,10 @@
 """What a run will need: python scripts/plan.py --preset gpt2-xl --device h100:8."""
 
+import dataclasses
 import json
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -17,9 +19,9 @@ import tyro  # noqa: E402
 
 from scripts.common import parse, run_command  # noqa: E402
 from scripts.planning import print_plan, size_of  # noqa: E402
-from scripts.train import first_look  # noqa: E402
 from train.config import TrainConfig  # noqa: E402
-from train.resolve import base_config  # noqa: E402
+from train.presets import get_preset  # noqa: E402
+from train.resolve import base_config, first_look, without_auto  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,14 @@ class Arguments:
 
 
 def main() -> int:
-    recipe, _ = base_config(first_look(sys.argv[1:]))
-    options = parse(Arguments, default=Arguments(recipe))
+    argv, auto = without_auto(sys.argv[1:])
+    wishes = first_look(argv)
+    base, resume = base_config(wishes)
+    options = parse(Arguments, Arguments(base), argv)
     config = options.settings
+    if resume:
+        config = dataclasses.replace(config, init_from=base.init_from)
+    recipe = base if wishes.preset is None or resume else get_preset(wishes.preset)
     config.check_together()
     n_token, train_tokens, pretrained = size_of(config)
 
@@ -50,7 +57,8 @@ def main() -> int:
 
     model_cfg = planned_model(config, n_token, pretrained)
     if options.device == "here":
-        plan = plan_here(config, model_cfg, say=lambda text: print(text, file=sys.stderr))
+        say = partial(print, file=sys.stderr)
+        plan = plan_here(config, model_cfg, auto=auto, say=say)
     else:
         price = options.dollars_per_hour
         plan = plan_for(options.device, config, model_cfg, dollars_per_hour=price)

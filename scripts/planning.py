@@ -1,6 +1,9 @@
 """A plan as a person reads it, and what is known of a run's data and model beforehand."""
 
+import dataclasses
 import json
+import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +12,7 @@ import rich.table
 
 from train.config import TrainConfig
 from train.progress import duration
+from train.run import has_run, read_run
 
 if TYPE_CHECKING:
     from eqx_gpt import GPTConfig
@@ -21,7 +25,7 @@ _GPT2_TOKENS = 50257
 def size_of(config: TrainConfig) -> "tuple[int, int | None, GPTConfig | None]":
     """The tokenizer's tokens, those to train on if the dataset is prepared, and the model that the
     run starts from, if it does not start from scratch."""
-    from eqx_gpt import get_config
+    from eqx_gpt import GPTConfig, get_config
     from eqx_gpt.zoo import list_models
 
     meta = Path(config.data_dir) / config.dataset / "meta.json"
@@ -33,9 +37,25 @@ def size_of(config: TrainConfig) -> "tuple[int, int | None, GPTConfig | None]":
         return n_token, train_tokens, None
     if config.init_from in list_models():
         return n_token, train_tokens, get_config(config.init_from)
+    if has_run(config.init_from):
+        model = GPTConfig.from_dict(read_run(config.init_from)["model"])
+        return n_token, train_tokens, model
     from weights import from_pretrained
 
     return n_token, train_tokens, from_pretrained(config.init_from).config
+
+
+def with_chosen_batch(config: TrainConfig) -> TrainConfig:
+    """With the largest micro-batches that fit on this machine, of the same global batch."""
+    from train.plan import choose_layout, planned_model
+
+    n_token, _, pretrained = size_of(config)
+    model_cfg = planned_model(config, n_token, pretrained)
+    say = partial(print, file=sys.stderr)
+    rows = choose_layout(config, model_cfg, auto=True, say=say)[0].micro_batch_size
+    steps = config.global_batch_size // rows
+    say(f"batch_size auto: {rows}, in {steps} micro-batches a step, {rows * steps} as before")
+    return dataclasses.replace(config, batch_size=rows, gradient_accumulation_steps=steps)
 
 
 def print_plan(plan: "Plan", config: TrainConfig, traps: list[str]) -> None:

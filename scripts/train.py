@@ -17,11 +17,12 @@ prepare_process(__name__)  # may start this anew, so it comes before the slow im
 import tyro  # noqa: E402
 
 from scripts.common import parse, run_command  # noqa: E402
+from scripts.planning import with_chosen_batch  # noqa: E402
 from train.cluster import Hosts  # noqa: E402
 from train.config import TrainConfig  # noqa: E402
 from train.manifest import Manifest, check_same_tokenizer  # noqa: E402
 from train.presets import PRESETS  # noqa: E402
-from train.resolve import base_config, first_look, open_data  # noqa: E402
+from train.resolve import base_config, first_look, open_data, without_auto  # noqa: E402
 from train.run import has_checkpoint  # noqa: E402
 
 
@@ -41,17 +42,20 @@ Arguments.__doc__ = f"{Arguments.__doc__}\n\nPresets: {', '.join(PRESETS)}."
 
 
 def main() -> int:
-    wishes = first_look(sys.argv[1:])
+    argv, auto = without_auto(sys.argv[1:])
+    wishes = first_look(argv)
     base, resume = base_config(wishes)
-    arguments = parse(Arguments, default=Arguments(base, Hosts(), wishes.preset, wishes.file))
+    arguments = parse(Arguments, Arguments(base, Hosts(), wishes.preset, wishes.file), argv)
     config, hosts = arguments.settings, arguments.hosts
     if resume:
         config = dataclasses.replace(config, init_from=base.init_from)
         data = Manifest.read(Path(config.data_dir) / config.dataset)
     else:
-        config, data, said = open_data(wishes, config)
+        config, data, said = open_data(wishes, config, alone=hosts.alone)
         if said:
             print(said, file=sys.stderr)
+    if auto and not resume:  # which keeps its own
+        config = with_chosen_batch(config)
 
     # jax is imported from here on: a mistyped flag need not wait for it.
     from train.loop import train

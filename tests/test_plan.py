@@ -11,10 +11,12 @@ from tiny_run import command, make_dataset, run
 
 from eqx_gpt import get_config
 from eqx_gpt.tree import count_params
+from scripts.planning import with_chosen_batch
 from train.accelerators import ACCELERATORS, parse_devices
 from train.config import TrainConfig, model_config
 from train.plan import plan_for, plan_here, planned_model
 from train.presets import PRESETS
+from train.resolve import without_auto
 from train.start import skeleton
 from train.traps import traps
 
@@ -69,19 +71,38 @@ def test_a_model_too_large_for_one_device_is_split() -> None:
     assert not plan_for("rtx4090", config, model_config(config, 50257)).fits
 
 
+def test_a_mesh_of_ones_own() -> None:
+    config = dataclasses.replace(PRESETS["gpt2-xl"], mesh="data=2,fsdp=2,tensor=2")
+    plan = plan_for("h100:8", config, model_config(config, 50257))
+    assert plan.mesh == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert plan.n_micro * plan.micro_batch_size == 480
+    state = plan.memory["parameters, optimizer, gradients"]
+    assert state == pytest.approx(16 * params_of(config) / 4, rel=1e-3)
+
+
 def test_here_the_compiler_is_asked() -> None:
     said: list[str] = []
     model_cfg = model_config(SMALL, 65)
     plan = plan_here(SMALL, model_cfg, say=said.append)
     n = params_of(SMALL, 65)
     state = plan.memory["parameters, optimizer, gradients, data"]
-    assert 12 * n < state < 17 * n + 4096  # parameters and two moments; also the gradients
+    assert 12 * n < state < 17 * n + 8192  # parameters and two moments; also the gradients
     assert plan.memory["temporary"] > 0
     assert plan.n_micro * plan.micro_batch_size == 12
     assert 0 < plan.step_s < 5
     assert plan.run_s == pytest.approx(100 * plan.step_s)
     assert plan.tokens_per_s == pytest.approx(12 * 13 / plan.step_s)
     assert said
+
+
+def test_the_flag_auto() -> None:
+    for argv in (["--batch_size", "auto"], ["--batch-size=auto"]):
+        assert without_auto(["--seed", "1", *argv, "--n_layer=2"]) == (
+            ["--seed", "1", "--n_layer=2"], True,
+        )  # fmt: skip
+    assert without_auto(["--batch_size", "4"]) == (["--batch_size", "4"], False)
+    chosen = with_chosen_batch(SMALL)
+    assert (chosen.batch_size, chosen.gradient_accumulation_steps) == (12, 1)
 
 
 def test_the_chooser_keeps_the_global_batch() -> None:
@@ -103,6 +124,9 @@ def test_devices_are_named() -> None:
     for text, match in (("h10", "h100"), ("h100:", "h100:8"), ("h100:0", "h100:8")):
         with pytest.raises(ValueError, match=match):
             parse_devices(text)
+    config = dataclasses.replace(SMALL, mesh="data=2")
+    with pytest.raises(ValueError, match="is not of 4 devices"):
+        plan_for("h100:4", config, model_config(SMALL, 65))
     with pytest.raises(ValueError, match="7 devices do not divide the 12 sequences"):
         plan_for("h100:7", SMALL, model_config(SMALL, 65))
 

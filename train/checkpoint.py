@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,8 @@ from train.hosts import is_writer
 from train.run import RunError
 from train.saved import check_arrays
 from train.step import TrainState
+
+T = TypeVar("T")
 
 _PARTIAL = ".orbax-checkpoint-tmp"  # in Orbax's name of a step that is not whole
 
@@ -83,6 +85,7 @@ class Checkpoints:
             self._base.wait()
         said = _sealed({**progress, "guard": state.guard.to_dict()})
         self._states.wait()
+        self._best.wait()  # `progress` tells of it
         if step in self._states.on_disk():
             path = self._states.directory / str(step) / "progress" / "metadata"
             return write_atomically(path, json.dumps(said).encode()) if is_writer() else None
@@ -116,6 +119,11 @@ class Checkpoints:
             except Damaged as error:
                 if step not in self._states.on_disk():  # a run that goes on has removed it
                     return self.restore(skeleton)
+                if jax.process_count() > 1:  # the others may have read their parts of it
+                    raise RunError(
+                        f"checkpoint {step} is damaged ({error}); resume once with one process, "
+                        f"which sets it aside, or rename it to {step}.damaged"
+                    ) from None
                 damaged[step] = error
                 continue
             for bad, error in damaged.items():
@@ -151,8 +159,8 @@ class Checkpoints:
             with_arrays(skeleton.params, saved["model"]),
             frozen,
             with_arrays(skeleton.opt_state, saved["optimizer"]),
-            jnp.asarray(step, jnp.int32),
-            guard,
+            _as_sharded(jnp.asarray(step, jnp.int32), skeleton.step),
+            _as_sharded(guard, skeleton.guard),
             None if skeleton.average is None else with_arrays(skeleton.average, saved["average"]),
         )
         return state, progress
@@ -295,6 +303,13 @@ def _trees(state: TrainState) -> dict[str, PyTree]:
     """The items of a checkpoint that are arrays."""
     trees = {"model": state.params, "optimizer": state.opt_state}
     return trees if state.average is None else {**trees, "average": state.average}
+
+
+def _as_sharded(tree: T, skeleton: T) -> T:
+    def placed(x: Array, like: Any) -> Array:
+        return x if like.sharding is None else jax.device_put(x, like.sharding)
+
+    return jax.tree.map(placed, tree, skeleton)
 
 
 def _written(arrays: Mapping[str, Array]) -> dict[str, Array]:

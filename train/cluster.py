@@ -38,6 +38,11 @@ class Hosts:
                 "they count from 0"
             )
 
+    @property
+    def alone(self) -> bool:
+        """Is this process the only one, as far as is known before they meet?"""
+        return (self.num_processes or 1) == 1 and found_cluster() in (None, "a TPU")
+
 
 def found_cluster() -> str | None:
     """What tells of several processes here, in a form that JAX understands; None for nothing."""

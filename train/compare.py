@@ -45,7 +45,7 @@ def _logged(run: Path) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def saved_arrays(run: Path) -> tuple[int, dict[str, Shaped[np.ndarray, "..."]]]:
-    """The step of the newest checkpoint, and its arrays, of the model and of the optimizer."""
+    """The step of the newest checkpoint, and its arrays, of model, average, optimizer."""
     import jax
     import orbax.checkpoint as ocp
     from jax.sharding import SingleDeviceSharding
@@ -54,7 +54,9 @@ def saved_arrays(run: Path) -> tuple[int, dict[str, Shaped[np.ndarray, "..."]]]:
     steps: list[Any] = [p for p in (run / "checkpoints").resolve().iterdir() if p.name.isdecimal()]
     step = max(steps, key=lambda path: int(path.name))
     found = {}
-    for item in ("model", "optimizer"):
+    for item in ("model", "optimizer", "average"):
+        if not (step / item).exists():
+            continue
         tree: Any = ocp.StandardCheckpointHandler().metadata(step / item).tree
         target = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for name, x in tree.items()

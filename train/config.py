@@ -49,7 +49,8 @@ class TrainConfig:
     data_dir: str = "data"
     """Where prepared datasets are."""
     batch_size: int = 12
-    """Sequences in a micro-batch."""
+    """Sequences in a micro-batch. auto: as many as fit, in fewer or more of them, so that a step
+    takes as many sequences as it would with the preset's or the file's."""
     gradient_accumulation_steps: int = 40
     """Micro-batches in an optimizer step."""
     micro_batch_size: int | None = None

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int64, Shaped
 
 from eqx_gpt.gpt import GPT
+from eqx_gpt.ops.meshed import laid
 from eqx_gpt.score import token_scores
 from eqx_gpt.tree import cast
 from train.data import Windows
@@ -211,4 +212,5 @@ def _losses(
 ) -> Float[Array, "micro counted"]:
     """Of the last `n_counted` tokens of each window, given those before them."""
     hidden, _ = model.hidden(windows[:, :-1])
-    return -token_scores(model, hidden[:, -n_counted:], windows[:, -n_counted:]).logprob
+    losses = -token_scores(model, hidden[:, -n_counted:], windows[:, -n_counted:]).logprob
+    return laid(losses, None, None)  # each process reads all of them

@@ -48,7 +48,6 @@ from train.mesh import (
     with_shardings,
 )
 from train.metrics import MetricsFile, flops_per_token
-from train.optimizer import make_optimizer
 from train.packing import Packed, windows_of
 from train.peaks import peak_flops
 from train.plot import plot_losses
@@ -58,10 +57,9 @@ from train.report import try_report
 from train.run import RunError, check_startable, has_checkpoint, resumed_model, write_run
 from train.saving import Saver, Unharmed
 from train.schedules import learning_rate
-from train.start import computing, new_state, skeleton, started_model
+from train.start import computing, new_state, recipe, skeleton, started_model
 from train.step import (
     Gradients,
-    Recipe,
     StepMetrics,
     TrainState,
     add_gradients,
@@ -102,6 +100,7 @@ class Progress:
     evaluated_at: int | None = None
     val_loss: float | None = None
     best_val_loss: float | None = None
+    whole_val_loss: float | None = None
 
 
 def train(
@@ -168,7 +167,7 @@ def _train(
         if not resume and writes:
             check_startable(config.out_dir)  # another may have run here in the meantime
             write_run(config, model_cfg, data)
-        trainer = Trainer(config, data, model_cfg, start, display, process, began, mesh)
+        trainer = Trainer(config, data, model_cfg, start, display, process, began, mesh, writes)
         del start  # its arrays are copied
         if resume and not config.eval_only and is_writer():
             write_run(config, model_cfg, data)
@@ -196,8 +195,10 @@ class Trainer:
         process: str | None = None,
         began: float | None = None,
         mesh: Mesh | None = None,
+        writes: bool = True,
     ) -> None:
-        """`began`: what `time.monotonic()` was when the time of the run began; None is now."""
+        """`began`: what `time.monotonic()` was when the time of the run began; None is now.
+        `writes`: is the directory this process's to write to? A look at a run is no part of it."""
         began = time.monotonic() if began is None else began
         self.config, self.data, self.display, self.mesh = config, data, display, mesh
         self.model_cfg, self.unharmed = model_cfg, Unharmed(display.line)
@@ -222,10 +223,7 @@ class Trainer:
 
         key_model, key_steps = jax.random.split(jax.random.key(config.seed))
         key_steps = on_every_device(key_steps, mesh)
-        self.recipe = Recipe(
-            make_optimizer(config), self.execution.dtype, key_steps, config.z_loss,
-            config.label_smoothing, config.ema_decay, config.skip_spikes,
-        )  # fmt: skip
+        self.recipe = recipe(config, self.execution.dtype, key_steps)
         self.learning_rate = jax.jit(learning_rate(config))
         self.newest: tuple[int, StepMetrics] | None = None
         self.checkpoints = Checkpoints(
@@ -257,8 +255,7 @@ class Trainer:
         self.metrics: MetricsFile | None = None
         self.closing = ExitStack()
         self.loggers: dict[int, Logger] = {}
-        looks_only = config.eval_only and self.steps_done  # which is no part of the run
-        if is_writer() and not looks_only:
+        if writes:
             self.metrics = MetricsFile(
                 self.directory / "metrics.jsonl", self.steps_done, self.progress.evaluated_at
             )
@@ -266,10 +263,10 @@ class Trainer:
                 config, n_params, resumed=self.steps_done > 0, closing=self.closing
             )
             self.loggers = dict(enumerate([self.metrics.write, *more]))
-        self.reached = False
+        self.reached = self._at_target()
         self.clocks = Vote()
         self.plotted_at = time.monotonic()
-        self.profile = Profile(self.directory, config.profiled)
+        self.profile = Profile(self.directory, config.profiled if writes else range(0))
         self.clock = Clock(self.progress.seconds, self.progress.elapsed_s, since=began)
         self.display.header(
             header(
@@ -332,6 +329,8 @@ class Trainer:
     def _train(self, signals: Interruption) -> None:
         config, clock = self.config, self.clock
         self._between_steps(signals)
+        if self.reached:  # already before
+            return
         previous: StepMetrics | None = None
         logged_at = self.steps_done
         with prefetched(self._windows_of, self.steps_done, config.max_iters) as batches:
@@ -343,6 +342,8 @@ class Trainer:
                 for windows in clock.timed(batches, "data"):
                     signals.check()
                     step = self.steps_done
+                    with self.unharmed("profile"):
+                        self.profile.begin(step)
                     with self.profile.step(step):
                         if self.execution.accumulate == "device":
                             self.state, metrics = train_step((self.recipe, windows), self.state)
@@ -364,8 +365,8 @@ class Trainer:
                         with clock.phase("log"):
                             self._log_step(step, metrics, clock.rate(tokens))
                     self._between_steps(signals)
-                if self.reached:
-                    return
+                    if self.reached:
+                        return
 
     def _windows_of(self, step: int) -> Array | Packed:
         """Of a step, with the axes accum, micro, seq_plus_1."""
@@ -466,26 +467,37 @@ class Trainer:
         mark, seconds = self._keep_if_best(loss), seconds_since_start()
         self.display.line(f"eval {step}/{self.config.max_iters} whole val loss {loss:.4f}{mark}")
         self._log({"iter": step, "val_loss": loss, "val_split": "whole", "process_s": seconds})
-        self.reached = loss <= target
+        self.progress = dataclasses.replace(self.progress, whole_val_loss=loss)
+        self.reached = self._at_target()
         if self.reached:
             self.display.line(
                 f"target_val_loss={target} reached: {loss:.4f} over the whole validation split "
                 f"after {step} steps, {seconds:.1f} s from the start of the process"
             )
 
+    def _at_target(self) -> bool:
+        """Was the target reached by the newest step?"""
+        target, loss = self.config.target_val_loss, self.progress.whole_val_loss
+        if target is None or loss is None or self.progress.evaluated_at != self.steps_done:
+            return False
+        return loss <= target
+
     def _keep_if_best(self, val_loss: float) -> str:
         """Note an evaluation; what to say of it."""
         config, best = self.config, self.progress.best_val_loss
         improved = best is None or math.isnan(best) or val_loss < best
+        kept = True
+        if improved and not config.always_save_checkpoint and not config.eval_only:
+            kept = False
+            with self.clock.phase("checkpoint"), self.unharmed("best checkpoint", once=False):
+                self.checkpoints.save_best(self.state.best_params, self.steps_done)
+                kept = True
         self.progress = dataclasses.replace(
             self.progress,
             evaluated_at=self.steps_done,
             val_loss=val_loss,
-            best_val_loss=val_loss if improved else best,
+            best_val_loss=val_loss if improved and kept else best,
         )
-        if improved and not config.always_save_checkpoint and not config.eval_only:
-            with self.clock.phase("checkpoint"), self.unharmed("best checkpoint", once=False):
-                self.checkpoints.save_best(self.state.best_params, self.steps_done)
         return "" if best is None or not improved else ", the best so far"
 
     def _show_sample(self) -> None:
@@ -558,7 +570,7 @@ class Trainer:
 
     def _draw(self) -> None:
         """The pictures of the run so far."""
-        if is_writer():
+        if self.metrics is not None:
             with self.unharmed("loss.png"):
                 plot_losses(self.directory)
             self._tell(*try_report(self.directory))

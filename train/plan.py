@@ -7,6 +7,7 @@ where they are not, the traced program and the maker's data sheet give an estima
 """
 
 import dataclasses
+import math
 import resource
 import time
 import warnings
@@ -26,11 +27,9 @@ from train.config import TrainConfig, model_config
 from train.devices import Execution
 from train.loss import next_token_loss
 from train.metrics import flops_per_token
-from train.optimizer import make_optimizer
-from train.start import computing, new_state, skeleton
+from train.start import computing, new_state, recipe, skeleton
 from train.step import (
     Gradients,
-    Recipe,
     TrainState,
     add_gradients,
     apply_added,
@@ -94,7 +93,9 @@ def planned_model(config: TrainConfig, n_token: int, pretrained: GPTConfig | Non
         return model_config(config, n_token)
     learned = pretrained.position.kind == "learned"
     block_size = config.block_size if learned else pretrained.block_size
-    return dataclasses.replace(pretrained, dropout=config.dropout, block_size=block_size)
+    return dataclasses.replace(
+        pretrained, dropout=config.dropout, block_size=block_size, remat=config.remat
+    )
 
 
 def plan_here(
@@ -107,17 +108,8 @@ def plan_here(
     """
     shapes = skeleton(config, model_cfg, jnp.float32)
     n_params, n_frozen = count_params(shapes.model), count_params(shapes.frozen)
-    platform = jax.default_backend()
-    room = _memory_here()
-    layouts = _layouts(config, auto)
-    while True:
-        candidate = next(layouts)
-        execution = Execution.choose(candidate, model_cfg, n_params, platform, n_frozen)
-        say(f"compiling for micro-batches of {execution.micro_batch_size}")
-        memory = _compiled_memory(candidate, model_cfg, execution)
-        if execution.micro_batch_size == 1 or room is None or sum(memory.values()) <= room:
-            break
-    step_s, timed = _timed_step(candidate, model_cfg, execution, say)
+    execution, memory, room = choose_layout(config, model_cfg, auto=auto, say=say)
+    step_s, timed = _timed_step(config, model_cfg, execution, say)
     tokens = config.global_batch_size * config.block_size
     flops = tokens * flops_per_token(
         n_params, model_cfg.n_layer, model_cfg.n_embd, config.block_size, n_frozen
@@ -129,6 +121,8 @@ def plan_here(
         timed,
         f"{flops:.3g} FLOP a step: 6 N + 12 L d T a token",
     ]
+    if (n := jax.device_count()) > 1:
+        assumptions.append(f"one device; a run takes all {n} that are here, as --mesh says")
     return Plan(
         jax.devices()[0].device_kind,
         1,
@@ -148,6 +142,22 @@ def plan_here(
     )
 
 
+def choose_layout(
+    config: TrainConfig, model_cfg: GPTConfig, *, auto: bool, say: _SAY = lambda _: None
+) -> tuple[Execution, dict[str, float], float | None]:
+    """How a step is laid out here, what memory that takes, and what there is; see `plan_here`."""
+    shapes = skeleton(config, model_cfg, jnp.float32)
+    n_params, n_frozen = count_params(shapes.model), count_params(shapes.frozen)
+    platform, room, layouts = jax.default_backend(), _memory_here(), _layouts(config, auto)
+    while True:
+        candidate = next(layouts)
+        execution = Execution.choose(candidate, model_cfg, n_params, platform, n_frozen)
+        say(f"compiling for micro-batches of {execution.micro_batch_size}")
+        memory = _compiled_memory(candidate, model_cfg, execution)
+        if execution.micro_batch_size == 1 or room is None or sum(memory.values()) <= room:
+            return execution, memory, room
+
+
 def plan_for(
     device: str,
     config: TrainConfig,
@@ -158,11 +168,16 @@ def plan_for(
     """For accelerators that are not here, such as `h100:8`. ValueError for an unknown one, or for
     more devices than a step has sequences."""
     name, chip, n = parse_devices(device)
-    n_sequences = config.global_batch_size
-    if n_sequences % n:
+    n_sequences, asked = config.global_batch_size, config.mesh_shape
+    if asked is not None and math.prod(asked.values()) != n:
+        raise ValueError(f"mesh={config.mesh!r} is not of {n} devices; give another, or auto")
+    # A copy of the state on each device, as long as there is room for it, costs the least.
+    meshes = [{"data": n}, {"fsdp": n}] if asked is None else [asked]
+    n_part = n // meshes[0].get("tensor", 1)
+    if n_sequences % n_part:
         raise ValueError(
-            f"{n} devices do not divide the {n_sequences} sequences of a step; give a number that "
-            "does, or another batch_size * gradient_accumulation_steps"
+            f"{n_part} devices do not divide the {n_sequences} sequences of a step; give a number "
+            "that does, or another batch_size * gradient_accumulation_steps"
         )
     shapes = skeleton(config, model_cfg, jnp.float32)
     n_params, n_frozen = count_params(shapes.model), count_params(shapes.frozen)
@@ -171,18 +186,24 @@ def plan_for(
     copy = 2 * n_params
     a_row = [_saved_bytes(config, model_cfg, rows) for rows in (1, 2)]
     per_row = a_row[1] - a_row[0]
-    # A copy of the state on each device, as long as there is room for it, costs the least.
-    for split in (1, n):
-        fixed = state / split + copy / (1 if split == 1 else min(split, 2))
+    per_row /= n // n_part
+
+    def parts(mesh: dict[str, int]) -> tuple[int, float, list[int]]:
+        """Into how many parts the state is split, what stays on each device besides the
+        activations, and how many sequences at once there is room for then."""
+        split = n // mesh.get("data", 1)
+        fixed = state / split + copy / min(split, 2)
         rows = [
             r
-            for r in range(1, n_sequences // n + 1)
-            if (n_sequences // n) % r == 0
+            for r in range(1, n_sequences // n_part + 1)
+            if (n_sequences // n_part) % r == 0
             and (r == 1 or r * config.block_size <= _ENOUGH_TOKENS)
             and fixed + 1.25 * per_row * r <= room
         ]
-        if rows:
-            break
+        return split, fixed, rows
+
+    mesh = next((mesh for mesh in meshes if parts(mesh)[2]), meshes[-1])
+    split, fixed, rows = parts(mesh)
     row = max(rows, default=1)
     memory = {
         "parameters, optimizer, gradients": state / split,
@@ -191,7 +212,7 @@ def plan_for(
         "temporary": 0.25 * per_row * row,
     }
     tokens = n_sequences * config.block_size
-    n_micro = n_sequences // (n * row)
+    n_micro = n_sequences // (n_part * row)
     flops = tokens * flops_per_token(
         n_params, model_cfg.n_layer, model_cfg.n_embd, config.block_size, n_frozen
     )
@@ -218,9 +239,9 @@ def plan_for(
         n,
         "estimated",
         n_params,
-        row * n,
+        row * n_part,
         n_micro,
-        {"data": n} if split == 1 else {"fsdp": n},
+        mesh,
         memory,
         room,
         step_s,
@@ -253,17 +274,17 @@ def _compiled_memory(
     """Of the step's programs, the one that takes most; and what a process has beside them."""
     model_cfg = dataclasses.replace(model_cfg, unroll=execution.unroll)
     state = skeleton(config, model_cfg, execution.dtype)
-    recipe = eqx.filter_eval_shape(_recipe, config, execution)
+    fixed = eqx.filter_eval_shape(recipe, config, execution.dtype, jax.random.key(0))
     shape = (execution.micro_batch_size, config.block_size + 1)
     micro = jax.ShapeDtypeStruct(shape, jnp.int32)
     if execution.accumulate == "device":
         windows = jax.ShapeDtypeStruct((execution.n_micro, *shape), jnp.int32)
-        programs = [(train_step, (recipe, windows), state)]
+        programs = [(train_step, (fixed, windows), state)]
     else:
         gradients = eqx.filter_eval_shape(Gradients.zero, state.params)
         programs = [
-            (add_gradients, (recipe, micro, state), gradients),
-            (apply_added, (recipe, gradients), state),
+            (add_gradients, (fixed, micro, state), gradients),
+            (apply_added, (fixed, gradients), state),
         ]
     held, temporary = 0.0, 0.0
     for function, *arguments in programs:
@@ -295,10 +316,6 @@ def _compile(function: Any, *arguments: PyTree) -> Any:
     with warnings.catch_warnings():  # gradients are given up, though nothing takes their place
         warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
         return jax.jit(call, donate_argnums=1).lower(dynamic[0], dynamic[1:]).compile()
-
-
-def _recipe(config: TrainConfig, execution: Execution) -> Recipe:
-    return Recipe(make_optimizer(config), execution.dtype, jax.random.key(config.seed))
 
 
 def _timed_step(
@@ -337,7 +354,7 @@ def _seconds(config: TrainConfig, model_cfg: GPTConfig, execution: Execution) ->
     """Of a step: the median of some, or one micro-batch's times their number and an update's."""
     unroll = model_cfg.n_layer if jax.default_backend() == "cpu" else 1
     model_cfg = dataclasses.replace(model_cfg, unroll=unroll)
-    recipe = _recipe(config, execution)
+    fixed = recipe(config, execution.dtype, jax.random.key(0))
     state = new_state(config, model_cfg, jax.random.key(0), None)
     state = computing(state, execution.dtype)
     shape = (execution.n_micro, execution.micro_batch_size, config.block_size + 1)
@@ -345,16 +362,16 @@ def _seconds(config: TrainConfig, model_cfg: GPTConfig, execution: Execution) ->
     if execution.accumulate == "device":
 
         def step(state: TrainState) -> tuple[TrainState, Any]:
-            return train_step((recipe, windows), state)
+            return train_step((fixed, windows), state)
 
         return _median_seconds(step, state)[0]
     micro = windows[0]
 
     def add(gradients: Gradients) -> tuple[Gradients, None]:
-        return add_gradients((recipe, micro, state), gradients), None
+        return add_gradients((fixed, micro, state), gradients), None
 
     def apply(state: TrainState) -> tuple[TrainState, Any]:
-        return apply_gradients(recipe, Gradients.zero(state.params), state)
+        return apply_gradients(fixed, Gradients.zero(state.params), state)
 
     of_micro, _ = _median_seconds(add, Gradients.zero(state.params))
     of_update, _ = _median_seconds(apply, state)

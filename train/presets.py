@@ -5,6 +5,7 @@ from dataclasses import replace
 from eqx_gpt.config import did_you_mean
 from train.config import TrainConfig
 
+# Learning rates of the larger ones: those of GPT-3 (arXiv:2005.14165, table 2.1).
 # 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens a step; 300 B tokens in all.
 _GPT2_SMALL = TrainConfig(out_dir="out/gpt2-small", eval_interval=1000, log_interval=10)
 
@@ -126,12 +127,32 @@ _SHAKESPEARE_CHAR_CPU = replace(
 PRESETS: dict[str, TrainConfig] = {
     "gpt2-small": _GPT2_SMALL,
     "gpt2-medium": replace(
-        _GPT2_SMALL, out_dir="out/gpt2-medium", n_layer=24, n_head=16, n_embd=1024
+        _GPT2_SMALL,
+        out_dir="out/gpt2-medium",
+        n_layer=24,
+        n_head=16,
+        n_embd=1024,
+        learning_rate=3e-4,
+        min_lr=3e-5,
     ),
     "gpt2-large": replace(
-        _GPT2_SMALL, out_dir="out/gpt2-large", n_layer=36, n_head=20, n_embd=1280
+        _GPT2_SMALL,
+        out_dir="out/gpt2-large",
+        n_layer=36,
+        n_head=20,
+        n_embd=1280,
+        learning_rate=2.5e-4,
+        min_lr=2.5e-5,
     ),
-    "gpt2-xl": replace(_GPT2_SMALL, out_dir="out/gpt2-xl", n_layer=48, n_head=25, n_embd=1600),
+    "gpt2-xl": replace(
+        _GPT2_SMALL,
+        out_dir="out/gpt2-xl",
+        n_layer=48,
+        n_head=25,
+        n_embd=1600,
+        learning_rate=2e-4,
+        min_lr=2e-5,
+    ),
     "shakespeare-char": _SHAKESPEARE_CHAR,
     # The command that nanoGPT's README gives for a laptop.
     "shakespeare-char-cpu": _SHAKESPEARE_CHAR_CPU,

@@ -14,8 +14,8 @@ class Profile:
         self._directory, self._steps = run / "profile", steps
         self._first: int | None = None
 
-    def step(self, step: int) -> AbstractContextManager[object]:
-        """What a step runs in: its name in the trace, which starts with the first one."""
+    def begin(self, step: int) -> None:
+        """Before a step: the trace starts with the first one."""
         if self._first is None and step in self._steps:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # every call of Python would hide the rest
@@ -23,6 +23,9 @@ class Profile:
                 self._directory, create_perfetto_trace=True, profiler_options=options
             )
             self._first = step
+
+    def step(self, step: int) -> AbstractContextManager[object]:
+        """What a step runs in: its name in the trace."""
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def after(self, steps_done: int, result: object) -> list[str]:

@@ -28,6 +28,18 @@ class Wishes:
     flags: Mapping[str, str]
 
 
+def without_auto(argv: Sequence[str]) -> tuple[list[str], bool]:
+    """The flags but for `--batch_size auto`, and whether that was among them."""
+    kept, i = list(argv), 0
+    while i < len(kept):
+        if kept[i] in ("--batch_size=auto", "--batch-size=auto"):
+            return kept[:i] + kept[i + 1 :], True
+        if kept[i] in ("--batch_size", "--batch-size") and kept[i + 1 : i + 2] == ["auto"]:
+            return kept[:i] + kept[i + 2 :], True
+        i += 1
+    return kept, False
+
+
 def first_look(argv: Sequence[str]) -> Wishes:
     """--preset, --config, and the flags that decide what the others override."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -56,12 +68,15 @@ def base_config(wishes: Wishes) -> tuple[TrainConfig, bool]:
     return dataclasses.replace(run_config(out_dir), out_dir=out_dir, mesh="auto"), True
 
 
-def open_data(wishes: Wishes, config: TrainConfig) -> tuple[TrainConfig, Manifest, str | None]:
+def open_data(
+    wishes: Wishes, config: TrainConfig, *, alone: bool = True
+) -> tuple[TrainConfig, Manifest, str | None]:
     """For a new run: its config, its dataset, verified, and what the user should be told.
 
     A preset whose own dataset is not prepared trains on the standard library's source instead,
     in a directory of its own: the returned config says so. A dataset that the user named has to
-    be there. DatasetError if it is not, or is damaged.
+    be there. DatasetError if it is not, or is damaged; also, unless this process is `alone`, if
+    the standard library's is still to be prepared.
     """
     said = None
     in_file = wishes.file is not None and "dataset" in read_config_file(wishes.file)
@@ -83,6 +98,11 @@ def open_data(wishes: Wishes, config: TrainConfig) -> tuple[TrainConfig, Manifes
         config = dataclasses.replace(config, dataset=FALLBACK, out_dir=out_dir)
     directory = Path(config.data_dir) / config.dataset
     if config.dataset == FALLBACK and not is_prepared(directory):
+        if not alone:
+            raise DatasetError(
+                f"each of the run's processes would prepare {FALLBACK!r} in {config.data_dir!r} at "
+                f"once; do it before: python scripts/prepare.py {FALLBACK}"
+            )
         prepare(FALLBACK, Path(config.data_dir))
     return config, Manifest.read(directory), said
 

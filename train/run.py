@@ -86,7 +86,11 @@ def check_startable(directory: str | Path) -> None:
 def write_run(config: TrainConfig, model: GPTConfig, data: Manifest) -> None:
     """Write run.json and the tokenizer. RunError if the directory cannot be written."""
     directory = Path(config.out_dir)
-    before = read_run(directory).get("processes", []) if has_checkpoint(directory) else []
+    before = (
+        read_run(directory).get("processes", [])
+        if has_checkpoint(directory) and has_run(directory)
+        else []
+    )
     content = {
         "format_version": FORMAT_VERSION,
         "config": dataclasses.asdict(config),
@@ -118,7 +122,7 @@ def resumed_model(config: TrainConfig, data: Manifest) -> GPTConfig:
             f"cannot resume {config.out_dir!r}: {'; '.join(conflicts)}. Leave these as they were, "
             f"or start a new run from its weights with --init_from {config.out_dir}"
         )
-    return GPTConfig.from_dict(content["model"])
+    return dataclasses.replace(GPTConfig.from_dict(content["model"]), remat=config.remat)
 
 
 def check_own_data(directory: str | Path | None, data: Manifest) -> None:

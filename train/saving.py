@@ -65,13 +65,14 @@ class Saver:
         self._try(self._checkpoints.wait)  # what failed before is said, and no reason not to try
         if self._saved == now:
             return True
+        self.saved_at = time.monotonic()  # one that fails is not tried again by the next step
         if not (self._try(self._mend_directory) and self._try(
             lambda: self._checkpoints.save(state, step, progress)
         )):  # fmt: skip
             return False
         if wait and not self._try(self._checkpoints.wait):
             return False
-        self._saved, self.saved_at = now, time.monotonic()
+        self._saved = now
         return True
 
     def restored(self, step: int, evaluated_at: int | None) -> None:

@@ -16,7 +16,7 @@ from train.config import TrainConfig, architecture, model_config
 from train.manifest import Manifest
 from train.mesh import placed
 from train.optimizer import make_optimizer, trainable
-from train.step import TrainState
+from train.step import Recipe, TrainState
 
 
 def started_model(
@@ -85,6 +85,14 @@ def with_silent_blocks(model: GPT) -> GPT:
         model,
         replace_fn=jnp.zeros_like,
     )
+
+
+def recipe(config: TrainConfig, dtype: DTypeLike, key: PRNGKey) -> Recipe:
+    """What stays fixed over the run."""
+    return Recipe(
+        make_optimizer(config), dtype, key, config.z_loss, config.label_smoothing,
+        config.ema_decay, config.skip_spikes,
+    )  # fmt: skip
 
 
 def computing(state: TrainState, dtype: DTypeLike) -> TrainState:

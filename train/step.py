@@ -248,12 +248,14 @@ def _apply(
     count = gradients.count.astype(jnp.float32)
     optimizer = optax.with_extra_args_support(recipe.optimizer)
 
+    n_taken = state.step - state.guard.skipped
+
     def update(old: tuple[GPT, PyTree, GPT | None]) -> tuple[GPT, PyTree, GPT | None]:
         grads: Any = jax.tree.map(lambda g: g / count, gradients.params)  # any PyTree;
         params: Any = old[0]  # optax's annotation knows fewer
         updates, opt_state = optimizer.update(grads, old[1], params, norm=norm)
         params = eqx.apply_updates(old[0], updates)
-        return params, opt_state, _averaged(recipe.ema_decay, state.step, old[2], params)
+        return params, opt_state, _averaged(recipe.ema_decay, n_taken, old[2], params)
 
     # Of the sums: the means are in use only within `update`, and are never written out.
     loss, norm = gradients.loss / count, optax.tree.norm(gradients.params) / count
@@ -267,9 +269,9 @@ def _apply(
     return placed(state), metrics
 
 
-def _averaged(decay: float, step: Array, average: GPT | None, params: GPT) -> GPT | None:
+def _averaged(decay: float, n_taken: Array, average: GPT | None, params: GPT) -> GPT | None:
     """Of the weights after each step; the first ones count in full."""
     if average is None:
         return None
-    kept = jnp.where(step == 0, 0.0, decay)
+    kept = jnp.where(n_taken == 0, 0.0, decay)
     return jax.tree.map(lambda a, p: kept * a + (1 - kept) * p, average, params)

@@ -50,7 +50,10 @@ def _against_recipe(config: TrainConfig, recipe: TrainConfig) -> list[str]:
             f"only memory and speed), or begin with --learning_rate {scaled:.1e}, the square-root "
             "rule"
         )
-    elif not 1 / 3 <= (factor := config.learning_rate / recipe.learning_rate) <= 3:
+    elif (
+        recipe.learning_rate
+        and not 1 / 3 <= (factor := config.learning_rate / recipe.learning_rate) <= 3
+    ):
         found.append(
             f"learning_rate={config.learning_rate:g} is {factor:g} times the recipe's "
             f"{recipe.learning_rate:g} at the same batch"

@@ -148,7 +148,7 @@ def _restored(
     try:
         place = path.parent / "checksums"
         # Older checkpoints have none.
-        sums = json.loads((place / "metadata").read_bytes())["model"] if place.exists() else {}
+        sums = json.loads((place / "metadata").read_bytes())[path.name] if place.exists() else {}
         # As they were saved, for these bits have a checksum.
         saved = {n: _with_dtype(x, sums[n][0] if n in sums else x.dtype) for n, x in leaves.items()}
         with ocp.StandardCheckpointer() as checkpointer:
