@@ -297,7 +297,7 @@ def test_failures_beside_training_lose_nothing(
     whole = train.loop.sampled_loss
     monkeypatch.setattr(train.loop, "sampled_loss", no_memory)
     monkeypatch.setattr(train.loop, "plot_losses", broken)
-    monkeypatch.setattr(train.loop, "extra_loggers", lambda *_: [broken])
+    monkeypatch.setattr(train.loop, "extra_loggers", lambda *_, **__: [broken])
     assert run_training(at(config, tmp_path), data).exit_code == 0
     said = capsys.readouterr().err
     assert "EVALUATION FAILED, the run goes on: RuntimeError: RESOURCE_EXHAUSTED" in said

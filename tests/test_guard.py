@@ -43,7 +43,7 @@ def _quick(quick_compilation):
 def setup(skip_spikes=0.0):
     model = GPT.init(model_config(CONFIG, 37), key=jax.random.key(0))
     optimizer = make_optimizer(CONFIG)
-    recipe = Recipe(optimizer, jnp.dtype(jnp.float32), jax.random.key(1), skip_spikes)
+    recipe = Recipe(optimizer, jnp.dtype(jnp.float32), jax.random.key(1), skip_spikes=skip_spikes)
     return recipe, TrainState.init(model, optimizer)
 
 
@@ -129,7 +129,7 @@ def test_the_guard_adds_no_pass_over_the_parameters():
     config = dataclasses.replace(CONFIG, n_embd=128, vocab_size=4096)
     model = GPT.init(model_config(config, 37), key=jax.random.key(0))
     optimizer = make_optimizer(config)
-    recipe = Recipe(optimizer, jnp.dtype(jnp.float32), jax.random.key(1), 10.0)
+    recipe = Recipe(optimizer, jnp.dtype(jnp.float32), jax.random.key(1), skip_spikes=10.0)
     state = TrainState.init(model, optimizer)
 
     def plain(inputs, state):  # the step without a guard

@@ -43,9 +43,15 @@ ACCELERATORS = {
 def parse_devices(text: str) -> tuple[str, Accelerator, int]:
     """`h100:8` as a name, the accelerator and how many; `h100` is one. ValueError otherwise."""
     name, colon, number = text.partition(":")
+    name = name.lower()
+    if name == "here":
+        raise ValueError(f"device {text!r}: here is this machine as it is; give here alone")
     if name not in ACCELERATORS:
         known = did_you_mean(name, ACCELERATORS)
         raise ValueError(f"unknown device {name!r}; give here, or NAME or NAME:COUNT; {known}")
     if colon and not (number.isdecimal() and int(number) > 0):
-        raise ValueError(f"device {text!r} has no number after the colon, such as {name}:8")
+        raise ValueError(
+            f"device {text!r}: expected a number of 1 or above after the colon, such as {name}:8, "
+            f"got {number!r}"
+        )
     return name, ACCELERATORS[name], int(number) if colon else 1

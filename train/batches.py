@@ -49,7 +49,8 @@ def bad_steps(
     more = f"\n  and {batch_size - 2} more" if batch_size > 2 else ""
     return (
         f"{in_row} steps in a row were skipped, the last of them step {step}; no parameter has "
-        f"changed since, and the last checkpoint is kept. Step {step} would learn from\n  "
+        f"changed since, and the last checkpoint, if there is one, is kept. Step {step} would "
+        "learn from\n  "
         + "\n  ".join(rows)
         + f"{more}\nSee it whole: python scripts/batch.py --out_dir {out_dir} --step {step}\n"
         f"Then go on with a lower --learning_rate, or past it with --max_skipped above {in_row}: "

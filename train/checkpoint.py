@@ -306,8 +306,11 @@ def _trees(state: TrainState) -> dict[str, PyTree]:
 
 
 def _as_sharded(tree: T, skeleton: T) -> T:
+    """Where a step leaves them, or the next one would be compiled anew."""
+    here = SingleDeviceSharding(jax.local_devices()[0])
+
     def placed(x: Array, like: Any) -> Array:
-        return x if like.sharding is None else jax.device_put(x, like.sharding)
+        return jax.device_put(x, like.sharding or here)
 
     return jax.tree.map(placed, tree, skeleton)
 

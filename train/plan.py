@@ -224,7 +224,8 @@ def plan_for(
     price = chip.dollars_per_hour if dollars_per_hour is None else dollars_per_hour
     run_s = step_s * config.max_iters
     assumptions = (
-        "an estimate: nothing was compiled for these devices or timed on them",
+        "an estimate: nothing was compiled for these devices or timed on them; what a step costs "
+        "however small it is, a few milliseconds, is left out, so small models will be slower",
         f"{chip.flops / 1e12:,.0f} TFLOP/s in bfloat16, {chip.memory / 1e9:,.0f} GB at "
         f"{chip.bandwidth / 1e12:.2f} TB/s, {chip.link / 1e9:,.0f} GB/s to the others "
         f"(data sheet); {MFU:.0%} of the peak reached, {USABLE:.0%} of the memory usable",
@@ -271,7 +272,7 @@ def _layouts(config: TrainConfig, auto: bool) -> Iterator[TrainConfig]:
 def _compiled_memory(
     config: TrainConfig, model_cfg: GPTConfig, execution: Execution
 ) -> dict[str, float]:
-    """Of the step's programs, the one that takes most; and what a process has beside them."""
+    """What lies there from step to step, what a step's programs take besides, and the process."""
     model_cfg = dataclasses.replace(model_cfg, unroll=execution.unroll)
     state = skeleton(config, model_cfg, execution.dtype)
     fixed = eqx.filter_eval_shape(recipe, config, execution.dtype, jax.random.key(0))
@@ -286,16 +287,14 @@ def _compiled_memory(
             (add_gradients, (fixed, micro, state), gradients),
             (apply_added, (fixed, gradients), state),
         ]
-    held, temporary = 0.0, 0.0
+    temporary = 0.0
     for function, *arguments in programs:
         sizes = _compile(function, *arguments).memory_analysis()
-        there = sizes.argument_size_in_bytes
         more = sizes.output_size_in_bytes - sizes.alias_size_in_bytes + sizes.temp_size_in_bytes
-        if there + more > held + temporary:
-            held, temporary = there, more
+        temporary = max(temporary, float(more))
     memory = {
-        "parameters, optimizer, gradients, data": float(held),
-        "temporary": float(temporary),
+        "parameters, optimizer, gradients, data": _nbytes(programs[-1][1:]),
+        "temporary": temporary,
     }
     if jax.default_backend() == "cpu":
         memory["this process: Python, the compiler, its programs"] = float(_resident())
@@ -406,7 +405,7 @@ def _saved_bytes(config: TrainConfig, model_cfg: GPTConfig, rows: int) -> float:
 
 def _nbytes(tree: PyTree) -> float:
     leaves = [x for x in jax.tree.leaves(tree) if hasattr(x, "dtype")]
-    return float(sum(x.size * jnp.dtype(x.dtype).itemsize for x in leaves))
+    return float(sum(x.size * x.dtype.itemsize for x in leaves))
 
 
 def _memory_here() -> float | None:

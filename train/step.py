@@ -12,9 +12,11 @@ from typing import Any, Literal
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int, PyTree
 
@@ -80,11 +82,23 @@ class Gradients(eqx.Module):
 
     @staticmethod
     def zero(params: GPT) -> "Gradients":
+        where = _place_of_scalars(params)
         return Gradients(
-            jnp.zeros((), jnp.float32),
+            jnp.zeros((), jnp.float32, device=where),
             jax.tree.map(jnp.zeros_like, params),
-            jnp.zeros((), jnp.int32),
+            jnp.zeros((), jnp.int32, device=where),
         )
+
+
+def _place_of_scalars(params: GPT) -> Sharding | None:
+    """Where a program that gets such parameters leaves scalars: one that got them from elsewhere
+    would be another program."""
+    first = jax.tree.leaves(params)[0]
+    if not isinstance(first, jax.Array) or isinstance(first, jax.core.Tracer):
+        return None
+    if isinstance(first.sharding, NamedSharding):
+        return NamedSharding(first.sharding.mesh, PartitionSpec())
+    return first.sharding if first.committed else None
 
 
 class StepMetrics(eqx.Module):
