@@ -18,7 +18,8 @@ prepare_process(__name__)  # may start this anew, so it comes before the slow im
 import tyro  # noqa: E402
 
 from scripts.common import parse, run_command  # noqa: E402
-from scripts.planning import print_plan, size_of  # noqa: E402
+from scripts.planning.display import print_plan  # noqa: E402
+from scripts.planning.known import size_of  # noqa: E402
 from train.config import TrainConfig  # noqa: E402
 from train.presets import get_preset  # noqa: E402
 from train.resolve import base_config, first_look, without_auto  # noqa: E402

@@ -17,7 +17,7 @@ prepare_process(__name__)  # may start this anew, so it comes before the slow im
 import tyro  # noqa: E402
 
 from scripts.common import parse, run_command  # noqa: E402
-from scripts.planning import with_chosen_batch  # noqa: E402
+from scripts.planning.known import with_chosen_batch  # noqa: E402
 from train.cluster import Hosts  # noqa: E402
 from train.config import TrainConfig  # noqa: E402
 from train.manifest import Manifest, check_same_tokenizer  # noqa: E402

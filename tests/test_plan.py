@@ -11,7 +11,7 @@ from tiny_run import command, make_dataset, run
 
 from eqx_gpt import get_config
 from eqx_gpt.tree import count_params
-from scripts.planning import with_chosen_batch
+from scripts.planning.known import with_chosen_batch
 from train.accelerators import ACCELERATORS, parse_devices
 from train.config import TrainConfig, model_config
 from train.plan import plan_for, plan_here, planned_model

@@ -1,4 +1,4 @@
-"""A plan as a person reads it, and what is known of a run's data and model beforehand."""
+"""What is known of a run's data and model beforehand, and the batch chosen for them."""
 
 import dataclasses
 import json
@@ -7,16 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import rich.console
-import rich.table
-
 from train.config import TrainConfig
-from train.progress import duration
 from train.run import has_run, read_run
 
 if TYPE_CHECKING:
     from eqx_gpt import GPTConfig
-    from train.plan import Plan
 
 _N_TOKEN = {"shakespeare_char": 65}
 _GPT2_TOKENS = 50257
@@ -56,42 +51,3 @@ def with_chosen_batch(config: TrainConfig) -> TrainConfig:
     steps = config.global_batch_size // rows
     say(f"batch_size auto: {rows}, in {steps} micro-batches a step, {rows * steps} as before")
     return dataclasses.replace(config, batch_size=rows, gradient_accumulation_steps=steps)
-
-
-def print_plan(plan: "Plan", config: TrainConfig, traps: list[str]) -> None:
-    """To stdout."""
-    console = rich.console.Console(highlight=False)
-    table = rich.table.Table(show_header=False, box=None, pad_edge=False)
-    count = f"{plan.n_device} x " if plan.n_device > 1 else ""
-    table.add_row("device", f"{count}{plan.device} ({plan.basis})")
-    table.add_row("model", f"{plan.n_params:,} parameters")
-    mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1)
-    table.add_row(
-        "batch",
-        f"{config.global_batch_size} x {config.block_size} tokens a step: {plan.n_micro} "
-        f"micro-batches of {plan.micro_batch_size}" + (f", mesh {mesh}" if mesh else ""),
-    )
-    for what, size in plan.memory.items():
-        table.add_row("", f"{_size(size):>10}  {what}")
-    room = "" if plan.room is None else f" of {_size(plan.room)}"
-    fits = "" if plan.fits else ": DOES NOT FIT"
-    table.add_row("memory", f"{_size(plan.total_memory):>10}{room} on each device{fits}")
-    mfu = "" if plan.mfu is None else f", MFU {plan.mfu:.0%}"
-    table.add_row("step", f"{plan.step_s:.3g} s, {plan.tokens_per_s:,.0f} tokens/s{mfu}")
-    dollars = "" if plan.dollars is None else f", ${plan.dollars:,.0f}"
-    table.add_row("run", f"{config.max_iters:,} steps: {duration(plan.run_s)}{dollars}")
-    console.print(table)
-    for line in plan.assumptions:
-        console.print(f"- {line}", soft_wrap=True)
-    for trap in traps:
-        console.print(f"WATCH OUT: {trap}", soft_wrap=True)
-    if not plan.fits:
-        console.print(
-            "Even one sequence at a time does not fit; take more devices, a shorter --block_size, "
-            "or a smaller model",
-            soft_wrap=True,
-        )
-
-
-def _size(n_bytes: float) -> str:
-    return f"{n_bytes / 1e9:,.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:,.1f} MB"
