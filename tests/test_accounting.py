@@ -152,7 +152,7 @@ def flops_per_token(config):
 def test_the_account_of_a_run_goes_on_over_an_interruption(config, data, monkeypatch, capsys):
     config = dataclasses.replace(config, bias=False)
     assert data.vocab_size == 40
-    monkeypatch.setattr(train.loop, "Interruption", lambda _: StopAfter(4))
+    monkeypatch.setattr(train.loop, "Interruption", lambda *_: StopAfter(4))
     assert run_training(config, data).steps_done == 3
     monkeypatch.undo()
     first = capsys.readouterr().err
@@ -372,7 +372,7 @@ def test_a_profile_is_a_trace_of_the_steps_that_were_asked_for(config, data, cap
 
 def test_a_profile_that_is_interrupted_is_kept(config, data, monkeypatch):
     config = dataclasses.replace(config, profile="1:5", eval_interval=6)
-    monkeypatch.setattr(train.loop, "Interruption", lambda _: StopAfter(3))
+    monkeypatch.setattr(train.loop, "Interruption", lambda *_: StopAfter(3))
     assert run_training(config, data).steps_done == 3
     assert (Path(config.out_dir) / "profile" / "steps-1-2.json.gz").exists()
 
