@@ -118,8 +118,6 @@ def stream(
     The arguments and errors are those of `generate`. Ends early once every row has stopped; the
     last array may be shorter than `chunk`, and with a draft others may be longer.
     """
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")
     rules = Rules.init(model.config, Sampler.init(temperature, **sampler), key, stop)
     run = _Run(model, tokens, lengths, max_new_tokens, rules, draft)
     return (new for new, _ in run.chunks(chunk))
@@ -139,8 +137,6 @@ def stream_with_logprobs(
     **sampler: Any,
 ) -> Iterator[tuple[Int[np.ndarray, "*batch chunk"], Float[np.ndarray, "*batch chunk"]]]:
     """As `stream`, with how likely the model found each new token (see `Generated`)."""
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")
     rules = Rules.init(model.config, Sampler.init(temperature, **sampler), key, stop, logprobs=True)
     run = _Run(model, tokens, lengths, max_new_tokens, rules, draft)
     return ((new, logprobs) for new, logprobs in run.chunks(chunk) if logprobs is not None)
@@ -191,6 +187,14 @@ class _Run:
         return self._output(self._continued(state, self.n_window + 1, self.end))
 
     def chunks(
+        self, chunk: int
+    ) -> Iterator[tuple[Int[np.ndarray, "*batch chunk"], Float[np.ndarray, "*batch chunk"] | None]]:
+        """ValueError, before the first is asked for, if `chunk` is below 1."""
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {chunk}")
+        return self._chunks(chunk)
+
+    def _chunks(
         self, chunk: int
     ) -> Iterator[tuple[Int[np.ndarray, "*batch chunk"], Float[np.ndarray, "*batch chunk"] | None]]:
         if self.n_new == 0:

@@ -13,7 +13,7 @@ import jax
 import jax.monitoring
 import numpy as np
 import pytest
-from tiny_run import FLAGS, make_dataset
+from tiny_run import FLAGS, StopAfter, make_dataset
 
 import train.clock
 import train.loop
@@ -22,7 +22,6 @@ from train.checkpoint import _written
 from train.clock import PHASES, Clock
 from train.config import TrainConfig
 from train.data import Windows
-from train.interrupt import Interrupted, Interruption
 from train.loggers import numbers
 from train.loop import train as run_training
 from train.manifest import Manifest
@@ -113,19 +112,6 @@ def test_a_resumed_clock_goes_on(now):
 
 
 # Runs
-
-
-class StopAfter(Interruption):
-    """Asks the run to end before its n-th step."""
-
-    def __init__(self, n):
-        super().__init__(lambda: None)
-        self.looks_left = n
-
-    def check(self):
-        self.looks_left -= 1
-        if self.looks_left < 0:
-            raise Interrupted("SIGINT")
 
 
 def check_account(config, found):

@@ -7,12 +7,11 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from tiny_run import FLAGS, losses, make_dataset
+from tiny_run import FLAGS, StopAfter, losses, make_dataset
 
 import train.loop
 from eqx_gpt.tree import named_arrays
 from train.config import TrainConfig
-from train.interrupt import Interrupted, Interruption
 from train.loop import train as run_training
 from train.manifest import Manifest
 from train.metrics import MetricsFile
@@ -41,19 +40,6 @@ def straight(config, data, tmp_path_factory):
     out_dir = tmp_path_factory.mktemp("runs") / "straight"
     run_training(dataclasses.replace(config, out_dir=str(out_dir)), data)
     return out_dir
-
-
-class StopAfter(Interruption):
-    """Asks the run to end at its n-th look for a signal."""
-
-    def __init__(self, n):
-        super().__init__(lambda: None)
-        self.looks_left = n
-
-    def check(self):
-        self.looks_left -= 1
-        if self.looks_left < 0:
-            raise Interrupted("SIGINT")
 
 
 def interrupted(monkeypatch, looks, *args, **kwargs):

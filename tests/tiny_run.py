@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from train.datasets import prepare
+from train.interrupt import Interrupted, Interruption
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -63,3 +64,16 @@ def losses(out_dir: Path) -> dict[tuple[str, int], float]:
         assert (kind, record["iter"]) not in result
         result[kind, record["iter"]] = record[kind]
     return result
+
+
+class StopAfter(Interruption):
+    """Asks the run to end at its n-th look for a signal."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__(lambda: None)
+        self.looks_left = n
+
+    def check(self) -> None:
+        self.looks_left -= 1
+        if self.looks_left < 0:
+            raise Interrupted("SIGINT")

@@ -3,40 +3,48 @@
 from dataclasses import dataclass
 
 from eqx_gpt.config import did_you_mean
+from train.peaks import published_peak
 
 
 @dataclass(frozen=True)
 class Accelerator:
     """One device, from its data sheet.
 
-    - `flops`: dense bfloat16 FLOP/s.
+    - `kind`: JAX's name of it, by which `train/peaks.py` knows its FLOP/s.
     - `memory`: bytes; `bandwidth`: bytes/s of that memory.
     - `link`: bytes/s to its neighbours, one way (NVLink, ICI; PCIe where there is neither).
     - `dollars_per_hour`: a usual price on demand in 2025. It differs by a factor of two and more
       between clouds.
     """
 
-    flops: float
+    kind: str
     memory: float
     bandwidth: float
     link: float
     dollars_per_hour: float
 
+    @property
+    def flops(self) -> float:
+        """Dense bfloat16 FLOP/s."""
+        peak = published_peak(self.kind)
+        assert peak is not None
+        return peak
+
 
 ACCELERATORS = {
-    "b200": Accelerator(2250e12, 180e9, 8.0e12, 900e9, 5.5),
-    "h200": Accelerator(989e12, 141e9, 4.8e12, 450e9, 3.8),
-    "h100": Accelerator(989e12, 80e9, 3.35e12, 450e9, 3.0),
-    "a100": Accelerator(312e12, 80e9, 2.04e12, 300e9, 1.8),
-    "a100-40gb": Accelerator(312e12, 40e9, 1.56e12, 300e9, 1.4),
-    "l40s": Accelerator(362e12, 48e9, 0.86e12, 32e9, 1.2),
-    "l4": Accelerator(121e12, 24e9, 0.30e12, 32e9, 0.7),
-    "rtx4090": Accelerator(165e12, 24e9, 1.01e12, 32e9, 0.4),
-    "rtx3090": Accelerator(71e12, 24e9, 0.94e12, 32e9, 0.25),
-    "tpu-v6e": Accelerator(918e12, 32e9, 1.64e12, 224e9, 2.7),
-    "tpu-v5p": Accelerator(459e12, 95e9, 2.77e12, 300e9, 4.2),
-    "tpu-v5e": Accelerator(197e12, 16e9, 0.82e12, 100e9, 1.2),
-    "tpu-v4": Accelerator(275e12, 32e9, 1.23e12, 150e9, 3.2),
+    "b200": Accelerator("B200", 180e9, 8.0e12, 900e9, 5.5),
+    "h200": Accelerator("H200", 141e9, 4.8e12, 450e9, 3.8),
+    "h100": Accelerator("H100", 80e9, 3.35e12, 450e9, 3.0),
+    "a100": Accelerator("A100", 80e9, 2.04e12, 300e9, 1.8),
+    "a100-40gb": Accelerator("A100", 40e9, 1.56e12, 300e9, 1.4),
+    "l40s": Accelerator("L40S", 48e9, 0.86e12, 32e9, 1.2),
+    "l4": Accelerator("L4", 24e9, 0.30e12, 32e9, 0.7),
+    "rtx4090": Accelerator("RTX 4090", 24e9, 1.01e12, 32e9, 0.4),
+    "rtx3090": Accelerator("RTX 3090", 24e9, 0.94e12, 32e9, 0.25),
+    "tpu-v6e": Accelerator("TPU v6e", 32e9, 1.64e12, 224e9, 2.7),
+    "tpu-v5p": Accelerator("TPU v5p", 95e9, 2.77e12, 300e9, 4.2),
+    "tpu-v5e": Accelerator("TPU v5e", 16e9, 0.82e12, 100e9, 1.2),
+    "tpu-v4": Accelerator("TPU v4", 32e9, 1.23e12, 150e9, 3.2),
 }
 
 

@@ -89,11 +89,7 @@ class Checkpoints:
         if step in self._states.on_disk():
             path = self._states.directory / str(step) / "progress" / "metadata"
             return write_atomically(path, json.dumps(said).encode()) if is_writer() else None
-        self._states.save(
-            step,
-            _trees(state),
-            {"progress": said},
-        )
+        self._states.save(step, _trees(state), {"progress": said})
 
     def save_base(self, frozen: GPT) -> None:
         """Start writing the parts that no step changes, in the dtypes that they came in."""

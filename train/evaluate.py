@@ -147,6 +147,35 @@ def block_size_for(model: GPT, data: Manifest, split: SplitName, asked: int | No
     return min(model.config.block_size, max(int(lengths.max()) - 1, 1))
 
 
+def dataset_loss(
+    model: GPT,
+    data: Manifest,
+    split: SplitName,
+    *,
+    block_size: int,
+    stride: int | None,
+    micro_batch_size: int,
+    dtype: DTypeLike,
+    progress: Progress,
+) -> tuple[float, int]:
+    """`split_loss` of a text, `answers_loss` of conversations, and errors as theirs."""
+    tokens, flags = data.tokens(split), data.flags(split)
+    if flags is None:
+        return split_loss(
+            model, tokens, block_size=block_size, stride=stride, dtype=dtype,
+            micro_batch_size=micro_batch_size, progress=progress,
+        )  # fmt: skip
+    if stride is not None:
+        raise ValueError(
+            f"stride={stride} does not apply to {data.name!r}, conversations that are each read "
+            "by themselves; leave it out"
+        )
+    windows = PackedWindows(tokens, flags, block_size, seed=0)
+    return answers_loss(
+        model, windows, micro_batch_size=micro_batch_size, dtype=dtype, progress=progress
+    )
+
+
 def dataset_measures(
     model: GPT,
     data: Manifest,
@@ -161,24 +190,14 @@ def dataset_measures(
     """`measures` of a split and, as `tokens`, of how many it is: all, or of conversations those
     that are learnt, for whose text alone no bytes are counted. `progress` is told how many tokens
     of the split are done. Errors as `split_loss`."""
-    tokens, flags = data.tokens(split), data.flags(split)
-    options = {"micro_batch_size": micro_batch_size, "dtype": dtype}
-    if flags is None:
-        sizes = {"block_size": block_size, "stride": stride}
-        loss, count = split_loss(
-            model, tokens, **sizes, **options, progress=lambda done, _: progress(done)
-        )
+    n = len(data.tokens(split)) - 1
+    loss, count = dataset_loss(
+        model, data, split, block_size=block_size, stride=stride, dtype=dtype,
+        micro_batch_size=micro_batch_size,
+        progress=lambda done, total: progress(done * n // total),
+    )  # fmt: skip
+    if data.flags(split) is None:
         return {**measures(loss, count, data.splits[split].bytes), "tokens": count}
-    if stride is not None:
-        raise ValueError(
-            f"stride={stride} does not apply to {data.name!r}, conversations that are each read "
-            "by themselves; leave it out"
-        )
-    n = len(tokens) - 1
-    windows = PackedWindows(tokens, flags, block_size, seed=0)
-    loss, count = answers_loss(
-        model, windows, **options, progress=lambda done, total: progress(done * n // total)
-    )
     return {**measures(loss, count, count), "bits_per_byte": None, "tokens": count}
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.clock import PHASES, Phase
+from train.clock import PHASES, TRAINING, Phase
 from train.run import RunError, read_run
 
 SAMPLES = "samples.jsonl"
@@ -48,7 +48,7 @@ class History:
 
     def mean_rate(self) -> tuple[float, float | None] | None:
         """Tokens a second of training, and MFU, over the whole run; None before the first step."""
-        training = sum(self.seconds.get(phase, 0.0) for phase in ("data", "step", "log"))
+        training = sum(self.seconds.get(phase, 0.0) for phase in TRAINING)
         tokens, flops = self.last.get("tokens", 0), self.last.get("flops", 0.0)
         if not (tokens and training):
             return None

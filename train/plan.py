@@ -27,7 +27,7 @@ from train.config import TrainConfig, model_config
 from train.devices import Execution
 from train.loss import next_token_loss
 from train.metrics import flops_per_token
-from train.start import computing, new_state, recipe, skeleton
+from train.start import as_trained, computing, new_state, recipe, skeleton
 from train.step import (
     Gradients,
     TrainState,
@@ -91,11 +91,7 @@ def planned_model(config: TrainConfig, n_token: int, pretrained: GPTConfig | Non
     """The model that a run of `config` would train, as `train.start` makes it."""
     if pretrained is None:
         return model_config(config, n_token)
-    learned = pretrained.position.kind == "learned"
-    block_size = config.block_size if learned else pretrained.block_size
-    return dataclasses.replace(
-        pretrained, dropout=config.dropout, block_size=block_size, remat=config.remat
-    )
+    return as_trained(config, pretrained)
 
 
 def plan_here(

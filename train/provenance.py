@@ -47,9 +47,7 @@ def process_record(*, steps_done: int, precision: str) -> dict[str, Any]:
 
 
 def add_process(run: Path, record: dict[str, Any]) -> None:
-    """Append it to the `processes` of run.json; of several processes at once the first one does."""
-    if jax.process_index() != 0:
-        return
+    """Append it to the `processes` of run.json."""
     path = run / "run.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     content["processes"] = [*content.get("processes", []), record]

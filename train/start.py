@@ -44,13 +44,17 @@ def started_model(
             f"{model_cfg.vocab_size}; prepare the dataset with that model's tokenizer"
         )
     config = dataclasses.replace(config, **shape)
+    return config, as_trained(config, model_cfg)
+
+
+def as_trained(config: TrainConfig, pretrained: GPTConfig) -> GPTConfig:
+    """A pretrained model as a run of `config` goes on with it."""
     # Rotary models lose nothing by a longer block_size than they are trained on.
-    crops = model_cfg.position.kind == "learned"
-    block_size = config.block_size if crops else model_cfg.block_size
-    model_cfg = dataclasses.replace(
-        model_cfg, dropout=config.dropout, block_size=block_size, remat=config.remat
+    crops = pretrained.position.kind == "learned"
+    block_size = config.block_size if crops else pretrained.block_size
+    return dataclasses.replace(
+        pretrained, dropout=config.dropout, block_size=block_size, remat=config.remat
     )
-    return config, model_cfg
 
 
 @eqx.filter_jit

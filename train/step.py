@@ -261,7 +261,6 @@ def _apply(
 ) -> tuple[TrainState, StepMetrics]:
     count = gradients.count.astype(jnp.float32)
     optimizer = optax.with_extra_args_support(recipe.optimizer)
-
     n_taken = state.step - state.guard.skipped
 
     def update(old: tuple[GPT, PyTree, GPT | None]) -> tuple[GPT, PyTree, GPT | None]:

@@ -7,9 +7,8 @@ from pathlib import Path
 from jax.typing import DTypeLike
 
 from eqx_gpt.gpt import GPT
-from train.evaluate import Progress, answers_loss, split_loss
+from train.evaluate import Progress, dataset_loss
 from train.manifest import Manifest
-from train.packing import PackedWindows
 
 _TOKENS = 8192  # of a batch of the evaluation: as many as keep a CPU's products busy
 _IMPORTED_AT = time.monotonic()
@@ -20,12 +19,10 @@ def whole_val_loss(
 ) -> float:
     """Mean loss, in nats a token, over every token of the validation split, in consecutive blocks;
     of conversations, over every token that is learnt. As `scripts/eval.py` finds it."""
-    tokens, flags = data.tokens("val"), data.flags("val")
-    rows = max(1, _TOKENS // block_size)
-    options = {"micro_batch_size": rows, "dtype": dtype, "progress": progress}
-    if flags is None:
-        return split_loss(model, tokens, block_size=block_size, **options)[0]
-    return answers_loss(model, PackedWindows(tokens, flags, block_size, seed=0), **options)[0]
+    return dataset_loss(
+        model, data, "val", block_size=block_size, stride=None, dtype=dtype,
+        micro_batch_size=max(1, _TOKENS // block_size), progress=progress,
+    )[0]  # fmt: skip
 
 
 def seconds_since_start() -> float:
