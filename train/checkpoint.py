@@ -30,6 +30,7 @@ from jaxtyping import Array, PyTree
 from eqx_gpt.checksum import checksums
 from eqx_gpt.gpt import GPT
 from eqx_gpt.tree import named_arrays, with_arrays
+from eqx_gpt.unreadable import Unreadable, read
 from train.files import write_atomically
 from train.guard import Guard
 from train.hosts import is_writer
@@ -234,18 +235,20 @@ class _Steps:
         """Damaged if anything but the shapes asked for and the bits saved comes out."""
         import orbax.checkpoint as ocp
 
-        place = self.directory / str(step) / "checksums"
-        try:
+        def read_all() -> tuple[dict[str, Any], dict[str, Any]]:
+            place = self.directory / str(step) / "checksums"
             # Older checkpoints have none.
             sums = json.loads((place / "metadata").read_bytes()) if place.exists() else {}
             items = {item: _restoring(tree, sums.get(item, {})) for item, tree in trees.items()}
             items |= {item: ocp.args.JsonRestore() for item in values}
             saved = self._manager.restore(step, args=ocp.args.Composite(**items))
-            found = {item: saved[item] for item in items}
-        except Exception as error:  # of json, orbax, tensorstore
+            return sums, {item: saved[item] for item in items}
+
+        try:
+            sums, found = read(read_all)
+        except Unreadable as error:
             self.drop()
-            reason = str(error).strip().partition("\n")[0][:200]
-            raise Damaged(reason or type(error).__name__) from None
+            raise Damaged(str(error)) from None
         for item, tree in trees.items():
             if wrong := _changed(found[item], sums.get(item, {})):
                 raise Damaged(f"{item}: {', '.join(wrong)} changed since they were saved")
