@@ -1,7 +1,7 @@
-"""Products with few rows on a CPU, as in decoding: reading the weights is all the work there.
+"""Products with few rows on a CPU, as in decoding and prefill: handling the weights is what costs.
 
 XLA's fast products copy their right side into another order at each call, but read the left one as
-it lies. So the weights, (out, in), come first and the few rows are transposed.
+it lies. So the weights, (out, in), come first and the rows are transposed.
 """
 
 import jax.numpy as jnp
@@ -13,19 +13,24 @@ from eqx_gpt.ops.platform import laid_out
 FEW_ROWS = 64
 
 
+def weights_come_first(rows: Float[Array, "rows in"], weight: Float[Array, "out in"]) -> bool:
+    """Whether that order is the faster one: up to 1024 rows there is less to transpose."""
+    n_row, n_in = rows.shape
+    return n_row <= 1024 and n_row * (n_in + len(weight)) <= 2 * weight.size
+
+
 def linear_few_rows(
-    x: Float[Array, "*batch in"], weight: Float[Array, "out in"]
-) -> Float[Array, "*batch out"]:
-    """`x @ weight.T` for at most `FEW_ROWS` rows, float32."""
-    rows = x.reshape(-1, x.shape[-1])
-    y = _product(weight.astype(x.dtype), rows, jnp.float32)
-    return y.reshape(*x.shape[:-1], -1)
+    rows: Float[Array, "rows in"], weight: Float[Array, "out in"]
+) -> Float[Array, "rows out"]:
+    """`rows @ weight.T`, float32."""
+    return _product(weight, rows, jnp.float32)
 
 
 def linear_few_rows_int8(
     x: Float[Array, "*batch in"], weight: Int8[Array, "out in"]
 ) -> Float[Array, "*batch out"]:
-    """The same for weights that are integers: `x` becomes integers too, and all is summed exactly.
+    """`x @ weight.T` for at most `FEW_ROWS` rows, float32: `x` becomes integers too, and all is
+    summed exactly.
 
     A number of `x` is written in digits of eight bits: the nearest multiple of 1/127 of its row's
     largest, then what is missing in steps of 1/254 of that. Two digits are off by at most 2**-16 of

@@ -16,7 +16,12 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from eqx_gpt.ops.few_rows import FEW_ROWS, linear_few_rows, linear_few_rows_int8
+from eqx_gpt.ops.few_rows import (
+    FEW_ROWS,
+    linear_few_rows,
+    linear_few_rows_int8,
+    weights_come_first,
+)
 from eqx_gpt.ops.int8 import Int8
 from eqx_gpt.ops.platform import by_platform, laid_out
 
@@ -60,12 +65,12 @@ def row_major(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
 
 
 def _linear(x: Array, weight: Array) -> Float[Array, "*batch out"]:
-    few_rows = linear_few_rows_int8 if weight.dtype == jnp.int8 else linear_few_rows
-    if x.dtype != jnp.bfloat16 and weight.dtype != jnp.int8:
+    n_row = math.prod(x.shape[:-1])
+    if weight.dtype == jnp.int8 and n_row <= FEW_ROWS:
+        return by_platform(x, weight, cpu=linear_few_rows_int8, default=_plain_linear)
+    if x.dtype != jnp.bfloat16:
         return _plain_linear(x, weight)
-    if math.prod(x.shape[:-1]) <= FEW_ROWS:
-        return by_platform(x, weight, cpu=few_rows, default=_plain_linear)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(n_row, -1)
     return _linear_of_rows(rows, weight.astype(x.dtype)).reshape(*x.shape[:-1], -1)
 
 
@@ -78,11 +83,14 @@ def _plain_linear(x: Array, weight: Array) -> Float[Array, "*batch out"]:
 
 @jax.custom_vjp
 def _linear_of_rows(x: Array, weight: Array) -> Float[Array, "rows out"]:
+    """This runs where no gradient is asked for."""
+    if weights_come_first(x, weight):
+        return by_platform(x, weight, cpu=linear_few_rows, default=_plain_linear)
     return product(x, transposed(weight))
 
 
 def _linear_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _linear_of_rows(x, weight), (x, weight)
+    return product(x, transposed(weight)), (x, weight)
 
 
 def _linear_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
