@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from eqx_gpt.ops.int8 import Int8
-from eqx_gpt.ops.matmul import linear, product, transposed
+from eqx_gpt.ops.matmul import linear, product, product_transposed, transposed
 from eqx_gpt.ops.meshed import BATCH, WEIGHT, fitting, mesh_here
 from eqx_gpt.ops.platform import stored
 from eqx_gpt.shapes import Scalar
@@ -119,15 +119,18 @@ class _Terms:
         here = jnp.arange(n)
         return here if self.axis is None else lax.axis_index(self.axis) * n + here
 
-    def logsumexp(self, logits: Array) -> Float[Array, "rows 1"]:
-        if self.axis is None:
-            return jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        top = lax.pmax(jnp.max(logits, axis=-1, keepdims=True), self.axis)
-        powers = jnp.exp(logits - jnp.broadcast_to(top, logits.shape))
-        return top + jnp.log(lax.psum(jnp.sum(powers, axis=-1, keepdims=True), self.axis))
+    def powers(self, logits: Array) -> tuple[Float[Array, "rows vocab"], Float[Array, "rows 1"],
+                                             Float[Array, "rows 1"]]:  # fmt: skip
+        """exp(logits - top), their sum over the vocabulary, and top + log(sum)."""
+        top = jnp.max(logits, axis=-1, keepdims=True)
+        top = stored(top if self.axis is None else lax.pmax(top, self.axis))
+        # Stored: a sum that makes the exponentials itself does so on one core of a CPU.
+        powers = stored(jnp.exp(logits - jnp.broadcast_to(top, logits.shape)))
+        total = stored(self._sum(jnp.sum(powers, axis=-1, keepdims=True)))
+        return powers, total, top + jnp.log(total)
 
     def losses(self, logits: Array, lse: Array, labels: Array) -> Float[Array, " rows"]:
-        """`lse` is `logsumexp(logits)`."""
+        """`lse` is the logarithm of sum(exp(logits))."""
         target = self._at(logits, labels)
         if self.label_smoothing:
             mean = self._sum(jnp.sum(logits, axis=-1)) / self.n_vocab
@@ -196,7 +199,7 @@ def _loss(
     def add_chunk(total: Scalar, chunk: tuple[Array, Array, Array]) -> tuple[Scalar, None]:
         x, y, mask = chunk
         logits = head_logits(x, weight, bias, softcap)
-        losses = terms.losses(logits, terms.logsumexp(logits), y)
+        losses = terms.losses(logits, terms.powers(logits)[2], y)
         return total + jnp.sum(losses * mask), None
 
     total, _ = lax.scan(add_chunk, jnp.zeros((), jnp.float32), (rows, labels, real))
@@ -253,18 +256,18 @@ def _loss_and_gradients(
     def add_chunk(
         carry: tuple[Scalar, Array, Array | None], chunk: tuple[Array, Array, Array]
     ) -> tuple[tuple[Scalar, Array, Array | None], Array]:
-        total, d_weight, d_bias = carry
+        total, d_weight_t, d_bias = carry
         x, y, mask = chunk
-        logits = product(x, weight_t)
+        logits = product_transposed(x, weight)
         if offset is not None:
             logits = logits + jnp.broadcast_to(offset, logits.shape)
         logits = _bent(logits, softcap)
-        lse = stored(terms.logsumexp(logits))
+        powers, power, lse = terms.powers(logits)
         loss = terms.losses(logits, lse, y)
         # The target is subtracted before any rounding, so that a confident prediction keeps the
         # digits of its small gradient.
         one_hot = (y[:, None] == terms.ids(weight.shape[0])[None, :]).astype(jnp.float32)
-        probability = jnp.exp(logits - jnp.broadcast_to(lse, logits.shape))
+        probability = powers * jnp.broadcast_to(1 / power, powers.shape)
         if terms.z_loss:
             probability = probability * jnp.broadcast_to(1 + 2 * terms.z_loss * lse, logits.shape)
         if terms.label_smoothing:
@@ -275,17 +278,19 @@ def _loss_and_gradients(
             d_logits = d_logits * (1 - jnp.square(logits / softcap))
         d_bias = None if d_bias is None else d_bias + jnp.sum(d_logits, axis=0)
         d_logits = stored(d_logits.astype(weight.dtype))
-        d_weight = d_weight + product(transposed(d_logits), x)
-        d_x = product(d_logits, weight).astype(x.dtype)
-        return (total + jnp.sum(loss * mask), d_weight, d_bias), d_x
+        # Both transposed: that moves less than transposing the logits' gradient would, and of a
+        # product over the whole vocabulary, the other form is slow on CPUs.
+        d_weight_t = d_weight_t + product(transposed(x), d_logits)
+        d_x = jnp.swapaxes(product_transposed(weight_t, d_logits), 0, 1).astype(x.dtype)
+        return (total + jnp.sum(loss * mask), d_weight_t, d_bias), d_x
 
-    d_weight = jnp.zeros(weight.shape, jnp.float32)
     d_bias = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
-    zeros = (jnp.zeros((), jnp.float32), d_weight, d_bias)
-    (total, d_weight, d_bias), d_rows = lax.scan(add_chunk, zeros, (rows, labels, real))
+    zeros = (jnp.zeros((), jnp.float32), jnp.zeros(weight_t.shape, jnp.float32), d_bias)
+    (total, d_weight_t, d_bias), d_rows = lax.scan(add_chunk, zeros, (rows, labels, real))
+    d_weight = jnp.swapaxes(d_weight_t, 0, 1).astype(weight.dtype)
     d_hidden = d_rows.reshape(-1, hidden.shape[-1])[: targets.size].reshape(hidden.shape)
     d_bias = None if d_bias is None or bias is None else d_bias.astype(bias.dtype)
-    return total / targets.size, (d_hidden, d_weight.astype(weight.dtype), d_bias)
+    return total / targets.size, (d_hidden, d_weight, d_bias)
 
 
 def _backward(

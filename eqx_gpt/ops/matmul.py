@@ -1,14 +1,16 @@
 """Matrix products, above all of activations with weights that lie as (out, in).
 
 XLA's CPU backend has fast bfloat16 products (twice as fast as float32's) for one arrangement
-alone, called canonical here: float32 out of bfloat16 `[..., m, k]` and `[..., k, n]`, both
-row-major. Everything else it converts to float32 first. So on CPUs transposes are carried out,
-which costs little beside a product, and barriers keep the compiler from undoing that: a transpose
-that it folds into a product makes it a slow one, or, on the way out, one that it cannot run.
+alone, called canonical here: float32 out of bfloat16 `[..., m, k]` and `[..., k, n]` or
+`[..., n, k]`, both row-major. Everything else it converts to float32 first. So on CPUs transposes
+are carried out, which costs little beside a product, and barriers keep the compiler from undoing
+that: a transpose that it folds into a product makes it a slow one, or, on the way out, one that it
+cannot run.
 On other platforms a product is a product and a transpose a transpose, for XLA to fold.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +54,16 @@ def product(
     return by_platform(a, b, cpu=_canonical_product, default=_plain_product)
 
 
+def product_transposed(
+    a: Float[Array, "*batch m k"], b: Float[Array, "*batch n k"]
+) -> Float[Array, "*batch m n"]:
+    """`a @ swapaxes(b, -1, -2)`, float32 whatever they are."""
+    if a.dtype != jnp.bfloat16:
+        return _plain_product(a, b, transposed=True)
+    plain = partial(_plain_product, transposed=True)
+    return by_platform(a, b, cpu=partial(_canonical_product, transposed=True), default=plain)
+
+
 def transposed(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch n m"]:
     """The last two axes swapped, laid out as `product` wants it."""
     return row_major(jnp.swapaxes(x, -1, -2))
@@ -86,11 +98,11 @@ def _linear_of_rows(x: Array, weight: Array) -> Float[Array, "rows out"]:
     """This runs where no gradient is asked for."""
     if weights_come_first(x, weight):
         return by_platform(x, weight, cpu=linear_few_rows, default=_plain_linear)
-    return product(x, transposed(weight))
+    return product_transposed(x, weight)
 
 
 def _linear_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
-    return product(x, transposed(weight)), (x, weight)
+    return product_transposed(x, weight), (x, weight)
 
 
 def _linear_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
@@ -107,12 +119,12 @@ def _linear_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, A
 _linear_of_rows.defvjp(_linear_forward, _linear_backward)
 
 
-def _plain_product(a: Array, b: Array) -> Array:
+def _plain_product(a: Array, b: Array, *, transposed: bool = False) -> Array:
     batch = tuple(range(a.ndim - 2))
-    contract = ((a.ndim - 1,), (b.ndim - 2,))
+    contract = ((a.ndim - 1,), (b.ndim - (1 if transposed else 2),))
     return lax.dot_general(a, b, (contract, (batch, batch)), preferred_element_type=jnp.float32)
 
 
-def _canonical_product(a: Array, b: Array) -> Array:
+def _canonical_product(a: Array, b: Array, *, transposed: bool = False) -> Array:
     a, b = lax.optimization_barrier((a, b))
-    return lax.optimization_barrier(_plain_product(a, b))
+    return lax.optimization_barrier(_plain_product(a, b, transposed=transposed))
