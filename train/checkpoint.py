@@ -40,6 +40,7 @@ from train.step import TrainState
 
 T = TypeVar("T")
 
+_ARRAYS, _VALUES = ("model", "optimizer", "average"), ("progress", "checksums")
 _PARTIAL = ".orbax-checkpoint-tmp"  # in Orbax's name of a step that is not whole
 
 
@@ -192,12 +193,18 @@ class _Steps:
     def _manager(self) -> Any:
         import orbax.checkpoint as ocp
 
-        if self.read_only:
-            options = ocp.CheckpointManagerOptions(save_interval_steps=0, create=False)
-            return ocp.CheckpointManager(self.directory, options=options)
         self.directory.mkdir(parents=True, exist_ok=True)
-        options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, cleanup_tmp_directories=True)
-        return ocp.CheckpointManager(self.directory, options=options)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self.keep,
+            cleanup_tmp_directories=True,
+            # Where that fails, it is known at once.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        )
+        # Numbers of a model hardly compress (by 7 %), and trying takes the steps' time on a CPU.
+        handlers: dict[str, Any] = {item: ocp.JsonCheckpointHandler() for item in _VALUES}
+        for item in _ARRAYS:
+            handlers[item] = ocp.PyTreeCheckpointHandler(use_compression=False)
+        return ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def on_disk(self) -> list[int]:
         """The whole ones: a step gets its number last."""
@@ -217,7 +224,7 @@ class _Steps:
         }
         values = {**(values or {}), "checksums": sums}
         try:
-            items = {item: ocp.args.StandardSave(named) for item, named in arrays.items()}
+            items = {item: ocp.args.PyTreeSave(named) for item, named in arrays.items()}
             items |= {item: ocp.args.JsonSave(value) for item, value in values.items()}
             self._begun = True
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)

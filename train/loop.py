@@ -55,7 +55,7 @@ from train.profile import Profile
 from train.provenance import add_process, process_record
 from train.report import try_report
 from train.run import RunError, check_startable, has_checkpoint, resumed_model, write_run
-from train.saving import Saver, Unharmed
+from train.saving import Saver, Unharmed, silent_writers
 from train.schedules import learning_rate
 from train.start import computing, new_state, recipe, skeleton, started_model
 from train.step import (
@@ -163,6 +163,7 @@ def _train(
     with (
         locked(config.out_dir) if writes else nullcontext(),
         Display(config.max_iters, silent=not is_writer()) as display,
+        silent_writers(),
     ):
         if not resume and writes:
             check_startable(config.out_dir)  # another may have run here in the meantime
