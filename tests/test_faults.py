@@ -280,7 +280,7 @@ def test_a_full_disk_is_said_and_the_next_save_tries_again(
         with files_of_at_most(50):
             whole(self, state, step, progress)
             until = time.monotonic() + 60
-            while self._states.busy():
+            while self._states._manager.is_saving_in_progress():
                 assert time.monotonic() < until
                 time.sleep(0.01)
 

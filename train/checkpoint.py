@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -162,11 +163,10 @@ class Checkpoints:
     def failure(self) -> Exception | None:
         """What a save that ended in the background has met, once."""
         for steps in (self._states, self._best):
-            if not steps.busy():
-                try:
-                    steps.wait()
-                except Exception as error:
-                    return error
+            try:
+                steps.poll()
+            except Exception as error:
+                return error
         return None
 
     def wait(self) -> None:
@@ -179,6 +179,11 @@ class Checkpoints:
         for steps in (self._base, self._states, self._best):
             steps.drop()
 
+    def abandon(self) -> None:
+        """Before the end of a process that the others do not know of: closing waits for them."""
+        for steps in (self._base, self._states, self._best):
+            steps.abandon()
+
 
 @dataclasses.dataclass
 class _Steps:
@@ -188,6 +193,7 @@ class _Steps:
     keep: int
     read_only: bool
     _begun: bool = False
+    _abandoned: Any = None
 
     @cached_property
     def _manager(self) -> Any:
@@ -229,7 +235,7 @@ class _Steps:
             self._begun = True
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         except Exception:
-            self.drop()
+            self._failed()
             raise
 
     def restore(
@@ -281,19 +287,34 @@ class _Steps:
                 path = self.directory / str(later)
                 shutil.rmtree(path.rename(f"{path}{_PARTIAL}"), ignore_errors=True)
 
-    def busy(self) -> bool:
-        manager = vars(self).get("_manager")
-        return manager is not None and manager.is_saving_in_progress()
+    def poll(self) -> None:
+        """Raises what was met by what was begun, as soon as it is known."""
+        if not self._begun:
+            return
+        try:
+            # Not only once it has ended: that is after all processes have, and they may wait for
+            # what this one could not write.
+            self._manager.check_for_errors()
+            if not self._manager.is_saving_in_progress():
+                self._begun = False
+                self._manager.wait_until_finished()
+        except Exception:
+            self._failed()
+            raise
 
     def wait(self) -> None:
         """Until what was begun is on disk; raises what it met instead."""
-        if self._begun:
-            self._begun = False
-            try:
-                self._manager.wait_until_finished()
-            except Exception:
-                self.drop()
-                raise
+        while self._begun:
+            self.poll()
+            time.sleep(0.002 if self._begun else 0.0)
+
+    def abandon(self) -> None:
+        """Leave the manager as it is, with what it is at."""
+        self._begun = False
+        self._abandoned = vars(self).pop("_manager", None)
+
+    def _failed(self) -> None:
+        return self.drop() if jax.process_count() == 1 else self.abandon()
 
     def drop(self) -> None:
         """Close, whatever it says, and remove what was half written."""

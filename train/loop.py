@@ -34,7 +34,7 @@ from train.evaluate import sampled_loss
 from train.guard import BadSteps
 from train.header import header
 from train.history import add_sample
-from train.hosts import Vote, ending_together, is_writer, join
+from train.hosts import Vote, ending_together, is_writer, join, met_by_all
 from train.interrupt import Interrupted, Interruption
 from train.lock import locked
 from train.loggers import Logger, extra_loggers
@@ -179,6 +179,10 @@ def _train(
         ) as signals:
             try:
                 return trainer.run(signals)
+            except BaseException as error:
+                if not met_by_all(error):
+                    trainer.checkpoints.abandon()
+                raise
             finally:
                 trainer.close()
 
