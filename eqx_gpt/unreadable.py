@@ -12,6 +12,15 @@ T = TypeVar("T")
 
 # Not of the file: another try may read it.
 _ELSEWHERE = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+# In TensorStore's messages, beside what is wrong with which array.
+_BESIDES = (
+    r"^[A-Z_]+: ",
+    r'Error opening "zarr" driver: ',
+    r' in OCDBT database at local file "[^"]*"',
+    r': Error reading Byte range \S+ \S+ of local file "[^"]*"',
+    r"; at (un\w+ )?byte.*",
+    r" \[tensorstore_spec=.*",
+)
 
 
 class Unreadable(Exception):
@@ -58,10 +67,7 @@ def _first(error: BaseException) -> BaseException:
 def _short(error: BaseException) -> str:
     """In one short line."""
     line = str(error).strip().partition("\n")[0]
-    # Of TensorStore's: its status, the place of its files, where in the compressed stream.
-    line = re.sub(
-        r'^[A-Z_]+: | in OCDBT database at local file "[^"]*"|; at (un\w+ )?byte.*', "", line
-    )
+    line = re.sub("|".join(_BESIDES), "", line)
     if not isinstance(error, ValueError | OSError):
         line = f"{type(error).__name__}: {line}"
     return line[:200] or type(error).__name__

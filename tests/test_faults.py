@@ -35,12 +35,7 @@ from train.start import skeleton
 from weights import WeightsError, from_pretrained
 
 # Writes that Orbax leaves behind fail whenever they like. What reads leave is nobody's to hear.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
-]
-
-
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 silent = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -98,11 +93,14 @@ def no_progress(step):
 
 
 def garble(step):
-    """One bit that begins a compressed array, which cannot be decoded any more."""
-    path = largest(step / "model", "ocdbt.process_0/d/*")
+    """One bit of the index, which cannot be decoded any more."""
+    (path,) = (step / "model/d").iterdir()
     content = bytearray(path.read_bytes())
-    content[0] ^= 4
+    content[len(content) // 2] ^= 4
     path.write_bytes(content)
+
+
+UNDECODED = r'Error reading "[a-z0-9_.]+/.zarray": Error decoding b-tree node: CRC-32C checksum .*'
 
 
 def flip(step):
@@ -124,10 +122,10 @@ def other_number(step):
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
-        (truncate, r'Error reading "[a-z.]+/[0-9.]+": Requested byte range .* of size 100'),
-        (remove, r'Error reading "[a-z0-9_.]+/[0-9.]+": Truncated Zstd-compressed stream'),
+        (truncate, r'Error reading "[a-z0-9_.]+/[0-9.]+": Requested byte range .* of size 100'),
+        (remove, r'Error reading "\S+/[0-9.]+": Not enough data: .*'),
         (no_progress, r".*progress.*"),
-        (garble, r'Error reading "[a-z.]+/[0-9.]+": ZSTD_decompressStream\(\) failed: [A-Z a-z]+'),
+        (garble, UNDECODED),
         (flip, r"model: wte.weight changed since they were saved"),
         (other_number, r"progress changed since it was saved"),
     ],
@@ -163,7 +161,7 @@ def test_if_all_are_damaged_the_run_ends_and_nothing_changes(copied, config, dat
     ("damage", "why"),
     [
         (flip, "wte.weight changed since they were saved"),
-        (garble, r'Error reading "[a-z.]+/[0-9.]+": ZSTD_decompressStream\(\) failed: [A-Z a-z]+'),
+        (garble, UNDECODED),
     ],
 )
 def test_sampling_passes_over_a_damaged_checkpoint(damage, why, copied, capfd):
@@ -282,7 +280,7 @@ def test_a_full_disk_is_said_and_the_next_save_tries_again(
         with files_of_at_most(50):
             whole(self, state, step, progress)
             until = time.monotonic() + 60
-            while self._states.busy():
+            while self._states._manager.is_saving_in_progress():
                 assert time.monotonic() < until
                 time.sleep(0.01)
 

@@ -149,10 +149,7 @@ def test_what_one_process_cannot_write_or_read_is_lost_to_both(place: Path) -> N
     assert "has died" in err or "fatal error" in err.lower(), err
 
     parts = (place / f"half/checkpoints/{newest}/model/ocdbt.process_1/d").iterdir()
-    path = max(parts, key=lambda path: path.stat().st_size)
-    content = bytearray(path.read_bytes())
-    content[0] ^= 4  # an array of this process's, which cannot be decoded any more
-    path.write_bytes(content)
+    os.truncate(max(parts, key=lambda path: path.stat().st_size), 100)
     err = resume(place, 2, "half", newest + 4)
     aside = f"CHECKPOINT {newest} IS DAMAGED, now {newest}.damaged, going on from {before}"
     assert f'{aside}: process 1: Error reading "' in err

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -40,6 +41,7 @@ from train.step import TrainState
 
 T = TypeVar("T")
 
+_ARRAYS, _VALUES = ("model", "optimizer", "average"), ("progress", "checksums")
 _PARTIAL = ".orbax-checkpoint-tmp"  # in Orbax's name of a step that is not whole
 
 
@@ -161,11 +163,10 @@ class Checkpoints:
     def failure(self) -> Exception | None:
         """What a save that ended in the background has met, once."""
         for steps in (self._states, self._best):
-            if not steps.busy():
-                try:
-                    steps.wait()
-                except Exception as error:
-                    return error
+            try:
+                steps.poll()
+            except Exception as error:
+                return error
         return None
 
     def wait(self) -> None:
@@ -178,6 +179,11 @@ class Checkpoints:
         for steps in (self._base, self._states, self._best):
             steps.drop()
 
+    def abandon(self) -> None:
+        """Before the end of a process that the others do not know of: closing waits for them."""
+        for steps in (self._base, self._states, self._best):
+            steps.abandon()
+
 
 @dataclasses.dataclass
 class _Steps:
@@ -187,17 +193,24 @@ class _Steps:
     keep: int
     read_only: bool
     _begun: bool = False
+    _abandoned: Any = None
 
     @cached_property
     def _manager(self) -> Any:
         import orbax.checkpoint as ocp
 
-        if self.read_only:
-            options = ocp.CheckpointManagerOptions(save_interval_steps=0, create=False)
-            return ocp.CheckpointManager(self.directory, options=options)
         self.directory.mkdir(parents=True, exist_ok=True)
-        options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, cleanup_tmp_directories=True)
-        return ocp.CheckpointManager(self.directory, options=options)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self.keep,
+            cleanup_tmp_directories=True,
+            # Where that fails, it is known at once.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        )
+        # Numbers of a model hardly compress (by 7 %), and trying takes the steps' time on a CPU.
+        handlers: dict[str, Any] = {item: ocp.JsonCheckpointHandler() for item in _VALUES}
+        for item in _ARRAYS:
+            handlers[item] = ocp.PyTreeCheckpointHandler(use_compression=False)
+        return ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def on_disk(self) -> list[int]:
         """The whole ones: a step gets its number last."""
@@ -217,12 +230,12 @@ class _Steps:
         }
         values = {**(values or {}), "checksums": sums}
         try:
-            items = {item: ocp.args.StandardSave(named) for item, named in arrays.items()}
+            items = {item: ocp.args.PyTreeSave(named) for item, named in arrays.items()}
             items |= {item: ocp.args.JsonSave(value) for item, value in values.items()}
             self._begun = True
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         except Exception:
-            self.drop()
+            self._failed()
             raise
 
     def restore(
@@ -274,19 +287,34 @@ class _Steps:
                 path = self.directory / str(later)
                 shutil.rmtree(path.rename(f"{path}{_PARTIAL}"), ignore_errors=True)
 
-    def busy(self) -> bool:
-        manager = vars(self).get("_manager")
-        return manager is not None and manager.is_saving_in_progress()
+    def poll(self) -> None:
+        """Raises what was met by what was begun, as soon as it is known."""
+        if not self._begun:
+            return
+        try:
+            # Not only once it has ended: that is after all processes have, and they may wait for
+            # what this one could not write.
+            self._manager.check_for_errors()
+            if not self._manager.is_saving_in_progress():
+                self._begun = False
+                self._manager.wait_until_finished()
+        except Exception:
+            self._failed()
+            raise
 
     def wait(self) -> None:
         """Until what was begun is on disk; raises what it met instead."""
-        if self._begun:
-            self._begun = False
-            try:
-                self._manager.wait_until_finished()
-            except Exception:
-                self.drop()
-                raise
+        while self._begun:
+            self.poll()
+            time.sleep(0.002 if self._begun else 0.0)
+
+    def abandon(self) -> None:
+        """Leave the manager as it is, with what it is at."""
+        self._begun = False
+        self._abandoned = vars(self).pop("_manager", None)
+
+    def _failed(self) -> None:
+        return self.drop() if jax.process_count() == 1 else self.abandon()
 
     def drop(self) -> None:
         """Close, whatever it says, and remove what was half written."""

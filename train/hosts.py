@@ -98,6 +98,11 @@ class Vote:
         return 0 if before is None else int(before)
 
 
+def met_by_all(error: BaseException) -> bool:
+    """Does each of the run's processes come to this error by itself? So with a user's mistakes."""
+    return jax.process_count() == 1 or isinstance(error, ValueError)
+
+
 def ending_together(run: Callable[[], T]) -> T:
     """`run()`. Where it fails in one of several processes, this one ends at once with one message
     and the status `DIED`: the others cannot go on, and most often one of them was the cause."""
@@ -106,7 +111,7 @@ def ending_together(run: Callable[[], T]) -> T:
     try:
         return run()
     except BaseException as error:
-        mistake = isinstance(error, ValueError)  # the user's, which each of them meets
+        mistake = met_by_all(error)
         # JAX's own errors are of a peer that is gone, or of memory: the message says it all.
         if not isinstance(error, EXPECTED):
             traceback.print_exc()

@@ -34,7 +34,7 @@ from train.evaluate import sampled_loss
 from train.guard import BadSteps
 from train.header import header
 from train.history import add_sample
-from train.hosts import Vote, ending_together, is_writer, join
+from train.hosts import Vote, ending_together, is_writer, join, met_by_all
 from train.interrupt import Interrupted, Interruption
 from train.lock import locked
 from train.loggers import Logger, extra_loggers
@@ -55,7 +55,7 @@ from train.profile import Profile
 from train.provenance import add_process, process_record
 from train.report import try_report
 from train.run import RunError, check_startable, has_checkpoint, resumed_model, write_run
-from train.saving import Saver, Unharmed
+from train.saving import Saver, Unharmed, silent_writers
 from train.schedules import learning_rate
 from train.start import computing, new_state, recipe, skeleton, started_model
 from train.step import (
@@ -163,6 +163,7 @@ def _train(
     with (
         locked(config.out_dir) if writes else nullcontext(),
         Display(config.max_iters, silent=not is_writer()) as display,
+        silent_writers(),
     ):
         if not resume and writes:
             check_startable(config.out_dir)  # another may have run here in the meantime
@@ -178,6 +179,10 @@ def _train(
         ) as signals:
             try:
                 return trainer.run(signals)
+            except BaseException as error:
+                if not met_by_all(error):
+                    trainer.checkpoints.abandon()
+                raise
             finally:
                 trainer.close()
 

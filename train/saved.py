@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from eqx_gpt.unreadable import Unreadable, read
 from train.run import RunError
 
 
@@ -14,10 +15,13 @@ def check_arrays(item: Path, leaves: Mapping[str, Any]) -> None:
     """
     import orbax.checkpoint as ocp
 
-    try:
+    def read_all() -> dict[str, tuple[int, ...]]:
         metadata: Any = ocp.StandardCheckpointHandler().metadata(item)  # pyright: ignore[reportArgumentType]
-        stored = {name: tuple(array.shape) for name, array in metadata.tree.items()}
-    except Exception:  # of json, orbax, tensorstore
+        return {name: tuple(array.shape) for name, array in metadata.tree.items()}
+
+    try:
+        stored = read(read_all)
+    except (Unreadable, OSError):
         return
     problems = [f"{name} is missing" for name in sorted(leaves.keys() - stored.keys())]
     problems += [f"{name} belongs to no part" for name in sorted(stored.keys() - leaves.keys())]

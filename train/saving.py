@@ -1,6 +1,8 @@
 """What a run does when something beside training fails: it says so, and goes on."""
 
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +35,24 @@ class Unharmed:
                 more = "; this is said once" if once else ""
                 self._say(f"{what.upper()} FAILED, the run goes on{more}: {reason(error)}")
             self._said.add(what)
+
+
+@contextmanager
+def silent_writers() -> Iterator[None]:
+    """Within, the threads that write checkpoints print no tracebacks: what they meet is raised
+    again where it is waited for, and said."""
+    before = threading.excepthook
+
+    def hook(unheard: threading.ExceptHookArgs) -> None:
+        frames = traceback.walk_tb(unheard.exc_traceback)
+        if not any(frame.f_globals.get("__name__", "").startswith("orbax.") for frame, _ in frames):
+            before(unheard)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 class Saver:

@@ -43,33 +43,36 @@ def measure(
 def cost(records: Sequence[Mapping[str, Any]], interval: int, window: int) -> dict[str, Any]:
     """What the lines of metrics.jsonl say, where a checkpoint was begun every `window` steps.
 
-    A step without one is the median over the second halves of the windows; a checkpoint costs
-    what its window took over as many of those, the median over the windows after the first.
-    `after` are the seconds of the first step after a checkpoint, the second, and so on; that of
-    the first has what the checkpoint stopped the run for. Shares are of the time without.
+    `after` are the seconds of the first step after a checkpoint, the second, and so on, medians
+    over the windows; in that of the first is what the checkpoint stopped the run for. A step
+    without a checkpoint is the median over the second halves of the windows, when it is written
+    long since; what the first halves take longer is what a checkpoint costs. Shares are of the
+    time without.
     """
     steps = [record for record in records if "train_loss" in record]
     seconds = [b["elapsed_s"] - a["elapsed_s"] for a, b in pairwise(steps)]
     # Of the first step there is no time; the first window has the start in it.
     windows = [seconds[i - 1 : i - 1 + window] for i in range(window, len(steps), window)]
     step_s = median(value for each in windows for value in each[window // 2 :])
-    costs = [sum(each) - window * step_s for each in windows]
+    after = [median(values) for values in zip(*windows, strict=True)]
+    checkpoint_s = sum(after[: window // 2]) - window // 2 * step_s
     first, last = steps[window - 1], steps[-1]
     return {
         "interval": interval,
         "step_s": step_s,
-        "checkpoint_costs_s": costs,
+        "checkpoint_s": checkpoint_s,
         "checkpoint_blocks_s": (last["checkpoint_s"] - first["checkpoint_s"]) / len(windows),
-        "checkpoint_overhead": median(costs) / (interval * step_s),
+        "checkpoint_overhead": checkpoint_s / (interval * step_s),
         "data_wait_share": (last["data_s"] - first["data_s"]) / (last["step_s"] - first["step_s"]),
-        "after": [median(values) for values in zip(*windows, strict=True)],
+        "after": after,
     }
 
 
 def table(found: Mapping[str, Any]) -> rich.table.Table:
     result = rich.table.Table(
         title=f"a checkpoint every {found['interval']} steps: {found['checkpoint_overhead']:+.2%} "
-        f"of the time, each stops the run for {found['checkpoint_blocks_s']:.2f} s; waiting for "
+        f"of the time; each costs {found['checkpoint_s']:.2f} s, of which it stops the run for "
+        f"{found['checkpoint_blocks_s']:.2f} s; waiting for "
         f"data {found['data_wait_share']:.2%} of the time of steps",
         title_justify="left", box=rich.box.SIMPLE_HEAD,
     )  # fmt: skip

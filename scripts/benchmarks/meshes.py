@@ -134,13 +134,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--meshes", nargs="+", default=[described(shape) for shape in shapes_of(8)])
     arguments = parser.parse_args()
     steps = range(arguments.steps)
     windows, found = random_windows(), {}
     for name, model in ((name, MODELS[name]) for name in arguments.models):
         one = run(model, None, windows, steps=steps)
         print(f"{name}: one device, loss {one.losses[0]:.4f} to {one.losses[-1]:.4f}", flush=True)
-        for shape in shapes_of(8):
+        for shape in (shape for shape in shapes_of(8) if described(shape) in arguments.meshes):
             apart = difference(one, run(model, shape, windows, steps=steps))
             print(f"  {described(shape):24}  {apart:.1e}", flush=True)
             found[f"{name} {described(shape)}"] = apart
