@@ -15,7 +15,7 @@ _ELSEWHERE = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLIN
 # In TensorStore's messages, beside what is wrong with which array.
 _BESIDES = (
     r"^[A-Z_]+: ",
-    r'Error opening "zarr" driver: ',
+    r'Error opening "\w+" driver: ',
     r' in OCDBT database at local file "[^"]*"',
     r': Error reading Byte range \S+ \S+ of local file "[^"]*"',
     r"; at (un\w+ )?byte.*",

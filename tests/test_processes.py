@@ -75,9 +75,9 @@ def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
     return [(p.returncode, text) for p, text in with_text]
 
 
-def resume(place: Path, n: int, out_dir: str, max_iters: int) -> str:
+def resume(place: Path, n: int, out_dir: str, max_iters: int, **more: object) -> str:
     """To the end, on one process or several; returns what the first of them says."""
-    flags = {"init_from": "resume", "max_iters": max_iters}
+    flags = {"init_from": "resume", "max_iters": max_iters, **more}
     if n == 1:
         done = run(command("train.py", out_dir=out_dir, **flags), place)
         assert done.returncode == 0, done.stderr
@@ -150,7 +150,7 @@ def test_what_one_process_cannot_write_or_read_is_lost_to_both(place: Path) -> N
 
     parts = (place / f"half/checkpoints/{newest}/model/ocdbt.process_1/d").iterdir()
     os.truncate(max(parts, key=lambda path: path.stat().st_size), 100)
-    err = resume(place, 2, "half", newest + 4)
+    err = resume(place, 2, "half", newest + 4, mesh="fsdp=2")
     aside = f"CHECKPOINT {newest} IS DAMAGED, now {newest}.damaged, going on from {before}"
     assert f'{aside}: process 1: Error reading "' in err
     assert "Traceback" not in err

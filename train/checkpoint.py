@@ -16,11 +16,12 @@ import contextlib
 import dataclasses
 import json
 import shutil
-import time
 import zlib
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from functools import cached_property
 from pathlib import Path
+from threading import Thread
 from typing import Any, TypeVar
 
 import jax
@@ -192,25 +193,23 @@ class _Steps:
     directory: Path
     keep: int
     read_only: bool
-    _begun: bool = False
+    _writing: Future[None] | None = None
     _abandoned: Any = None
 
     @cached_property
-    def _manager(self) -> Any:
+    def _checkpointer(self) -> Any:
         import orbax.checkpoint as ocp
 
         self.directory.mkdir(parents=True, exist_ok=True)
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=self.keep,
-            cleanup_tmp_directories=True,
-            # Where that fails, it is known at once.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-        )
-        # Numbers of a model hardly compress (by 7 %), and trying takes the steps' time on a CPU.
+        self._sweep()
         handlers: dict[str, Any] = {item: ocp.JsonCheckpointHandler() for item in _VALUES}
         for item in _ARRAYS:
+            # Numbers hardly compress (by 7 %), and trying takes the steps' time on a CPU.
             handlers[item] = ocp.PyTreeCheckpointHandler(use_compression=False)
-        return ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        # Directories that cannot be made are so known at once.
+        options = ocp.AsyncOptions(create_directories_asynchronously=False)
+        handler = ocp.CompositeCheckpointHandler(**handlers)
+        return ocp.AsyncCheckpointer(handler, async_options=options)
 
     def on_disk(self) -> list[int]:
         """The whole ones: a step gets its number last."""
@@ -232,8 +231,11 @@ class _Steps:
         try:
             items = {item: ocp.args.PyTreeSave(named) for item, named in arrays.items()}
             items |= {item: ocp.args.JsonSave(value) for item, value in values.items()}
-            self._begun = True
-            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+            checkpointer = self._checkpointer
+            self.directory.mkdir(parents=True, exist_ok=True)  # it may have vanished
+            checkpointer.save(self.directory / str(step), args=ocp.args.Composite(**items))
+            self._writing = Future()
+            Thread(target=self._finish, args=(checkpointer, self._writing)).start()
         except Exception:
             self._failed()
             raise
@@ -252,7 +254,7 @@ class _Steps:
             # Older checkpoints have none.
             sums = json.loads((place / "metadata").read_bytes()) if place.exists() else {}
             found = {x: _unsealed(x, (directory / x / "metadata").read_bytes()) for x in values}
-            # Not by way of the manager, where each process waits for the others to have read.
+            # Not by a checkpointer, where each process waits for the others to have read.
             handler = ocp.StandardCheckpointHandler()
             for item, tree in trees.items():
                 args = _restoring(tree, sums.get(item, {}))
@@ -282,51 +284,64 @@ class _Steps:
 
     def forget_after(self, step: int) -> None:
         for later in self.on_disk():
-            if later > step and not self.read_only and is_writer():
-                # Renamed first: what a kill leaves is no checkpoint, and is swept up like others.
-                path = self.directory / str(later)
-                shutil.rmtree(path.rename(f"{path}{_PARTIAL}"), ignore_errors=True)
+            if later > step:
+                self._remove(later)
+
+    def _finish(self, checkpointer: Any, writing: Future[None]) -> None:
+        """In a thread: once the newest is whole, the oldest go."""
+        try:
+            checkpointer.wait_until_finished()
+            with contextlib.suppress(OSError):
+                for step in sorted(self.on_disk())[: -self.keep]:
+                    self._remove(step)
+            writing.set_result(None)
+        except BaseException as error:
+            writing.set_exception(error)
 
     def poll(self) -> None:
-        """Raises what was met by what was begun, as soon as it is known."""
-        if not self._begun:
-            return
-        try:
-            # Not only once it has ended: that is after all processes have, and they may wait for
-            # what this one could not write.
-            self._manager.check_for_errors()
-            if not self._manager.is_saving_in_progress():
-                self._begun = False
-                self._manager.wait_until_finished()
-        except Exception:
-            self._failed()
-            raise
+        """Raises what was met by what was begun, if it has ended."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
 
     def wait(self) -> None:
         """Until what was begun is on disk; raises what it met instead."""
-        while self._begun:
-            self.poll()
-            time.sleep(0.002 if self._begun else 0.0)
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            try:
+                writing.result()
+            except Exception:
+                self._failed()
+                raise
 
     def abandon(self) -> None:
-        """Leave the manager as it is, with what it is at."""
-        self._begun = False
-        self._abandoned = vars(self).pop("_manager", None)
+        """Leave it as it is, with what it is at."""
+        self._writing, self._abandoned = None, vars(self).pop("_checkpointer", None)
 
     def _failed(self) -> None:
         return self.drop() if jax.process_count() == 1 else self.abandon()
 
     def drop(self) -> None:
         """Close, whatever it says, and remove what was half written."""
-        self._begun = False
-        manager = vars(self).pop("_manager", None)
-        if manager is None:
+        writing, self._writing = self._writing, None
+        checkpointer = vars(self).pop("_checkpointer", None)
+        if checkpointer is None:
             return
         with contextlib.suppress(Exception):
-            manager.close()
+            if writing is not None:
+                writing.result()
+            checkpointer.close()
+        self._sweep()
+
+    def _sweep(self) -> None:
         if not self.read_only and is_writer():
             for partial in self.directory.glob(f"*{_PARTIAL}*"):
                 shutil.rmtree(partial, ignore_errors=True)
+
+    def _remove(self, step: int) -> None:
+        """Renamed first: what a kill leaves is no checkpoint, and is swept up like others."""
+        if not self.read_only and is_writer():
+            path = self.directory / str(step)
+            shutil.rmtree(path.rename(f"{path}{_PARTIAL}"), ignore_errors=True)
 
 
 def _trees(state: TrainState) -> dict[str, PyTree]:

@@ -1,5 +1,6 @@
 """What a run does when something beside training fails: it says so, and goes on."""
 
+import logging
 import threading
 import time
 import traceback
@@ -39,9 +40,10 @@ class Unharmed:
 
 @contextmanager
 def silent_writers() -> Iterator[None]:
-    """Within, the threads that write checkpoints print no tracebacks: what they meet is raised
-    again where it is waited for, and said."""
-    before = threading.excepthook
+    """Within, those that write checkpoints print no tracebacks: what they meet is raised again
+    where it is waited for, and said."""
+    before, log = threading.excepthook, logging.getLogger("absl")
+    level = log.level
 
     def hook(unheard: threading.ExceptHookArgs) -> None:
         frames = traceback.walk_tb(unheard.exc_traceback)
@@ -49,10 +51,12 @@ def silent_writers() -> Iterator[None]:
             before(unheard)
 
     threading.excepthook = hook
+    log.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
         threading.excepthook = before
+        log.setLevel(level)
 
 
 class Saver:

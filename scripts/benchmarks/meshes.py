@@ -134,7 +134,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--meshes", nargs="+", default=[described(shape) for shape in shapes_of(8)])
+    every = [described(shape) for shape in shapes_of(8)]
+    parser.add_argument("--meshes", nargs="+", choices=every, default=every)
     arguments = parser.parse_args()
     steps = range(arguments.steps)
     windows, found = random_windows(), {}
