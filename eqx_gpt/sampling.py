@@ -129,11 +129,10 @@ def draw(logits: Float[Array, "*batch vocab"], key: PRNGKey) -> Int[Array, "*bat
     So the random numbers are as many as groups and members, not as many as tokens.
     """
     groups = _grouped(logits)
-    *batch, n_group, _ = groups.shape
-    noise = jax.random.gumbel(key, (*batch, n_group + _GROUP))
-    group = jnp.argmax(jax.nn.logsumexp(groups, axis=-1) + noise[..., :n_group], axis=-1)
+    key_group, key_member = jax.random.split(key)
+    group = jax.random.categorical(key_group, jax.nn.logsumexp(groups, axis=-1), axis=-1)
     members = _members(groups, group)
-    return group * _GROUP + jnp.argmax(members + noise[..., n_group:], axis=-1)
+    return group * _GROUP + jax.random.categorical(key_member, members, axis=-1)
 
 
 def argmax(logits: Float[Array, "*batch vocab"]) -> Int[Array, "*batch"]:

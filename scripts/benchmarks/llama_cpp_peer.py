@@ -12,8 +12,18 @@ from scripts.benchmarks.serve import Prepared
 
 
 def prepare(job: Job, settings: dict[str, Any]) -> Prepared:
-    """No settings: every core, which llama-cpp-python would not take by itself."""
+    """On every core, which llama-cpp-python would not take by itself. `repack`: weights laid out
+    anew for this processor, as it does by default; there are processors where that crashes."""
     assert job.source is not None
+    if not settings["repack"]:
+        default = llama_cpp.llama_cpp.llama_model_default_params
+
+        def as_in_the_file() -> Any:
+            params = default()
+            params.use_extra_bufts = False
+            return params
+
+        vars(llama_cpp.llama_cpp)["llama_model_default_params"] = as_in_the_file
     threads = os.cpu_count() or 1
     model = llama_cpp.Llama(
         job.source, n_ctx=job.seq + job.new_tokens + 1, n_threads=threads,

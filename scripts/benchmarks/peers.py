@@ -85,7 +85,11 @@ def _contenders(
     peer: Peer, variants: tuple[Variant, ...], tuned: bool, job: Job
 ) -> list[Contender]:
     if peer == "llama.cpp":
-        return [Contender(peer, "scripts.benchmarks.llama_cpp_peer", {}, tuned)]
+        module = "scripts.benchmarks.llama_cpp_peer"
+        return [
+            Contender(f"{peer}{suffix}", module, {"repack": repack}, tuned)
+            for suffix, repack in (("", True), (", weights as in the file", False))
+        ]
     module = {"torch": "torch_gpt", "transformers": "transformers_peer"}[peer]
     module = f"scripts.benchmarks.{module}"
     if job.task == "train":
