@@ -29,7 +29,7 @@ from eqx_gpt.ops.meshed import by_sequence, mesh_here
 from eqx_gpt.shapes import Hidden, Logits, PRNGKey, Tokens, TokensLike
 from eqx_gpt.sharding import at_use, regathers
 from eqx_gpt.tap import NO_TAP, Taps
-from eqx_gpt.tree import named_arrays, with_arrays
+from eqx_gpt.tree import named_weights, with_arrays
 
 _KEPT = {
     "block": jax.checkpoint_policies.nothing_saveable,
@@ -174,7 +174,7 @@ class GPT(eqx.Module):
     def with_config(self, config: GPTConfig) -> "GPT":
         """The same weights under a config that asks for the same arrays: another dropout,
         `unroll` or `remat`. KeyError or ValueError if it asks for others."""
-        return self._made_of(named_arrays(lora.detach(self)), config)
+        return self._made_of(named_weights(lora.detach(self)), config)
 
     def crop_block_size(self, block_size: int) -> "GPT":
         """The model for shorter sequences, as nanoGPT's `crop_block_size`: a table of learned
@@ -186,14 +186,24 @@ class GPT(eqx.Module):
                 f"for; give {config.block_size} or less"
             )
         config = dataclasses.replace(config, block_size=block_size)
-        arrays = named_arrays(lora.detach(self))
+        arrays = named_weights(lora.detach(self))
         if self.wpe is not None:
             arrays["wpe.weight"] = arrays["wpe.weight"][: config.position.offset + block_size]
         return self._made_of(arrays, config)
 
-    def _made_of(self, arrays: Mapping[str, Array], config: GPTConfig) -> "GPT":
+    def unstacked(self) -> "GPT":
+        """The same weights, with every layer as a block of its own."""
+        blocks = tuple(self._block(layer) for layer in range(self.config.n_layer))
+        return eqx.tree_at(lambda m: m.blocks, self, blocks)
+
+    def _made_of(self, arrays: Mapping[str, Array | Int8], config: GPTConfig) -> "GPT":
         """A model of these arrays, adapters apart, which are this one's."""
-        skeleton = eqx.filter_eval_shape(lambda: GPT.init(config, key=jax.random.key(0)))
+
+        def new() -> GPT:
+            model = GPT.init(config, key=jax.random.key(0))
+            return model if isinstance(self.blocks, Block) else model.unstacked()
+
+        skeleton = eqx.filter_eval_shape(new)
         return lora.attach(with_arrays(skeleton, arrays), lora.adapters(self))
 
     def _run_blocks(

@@ -1,7 +1,5 @@
 """Models as decoding wants them: smaller numbers, and a layer's weights apart from the others'."""
 
-import operator
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -44,14 +42,12 @@ def lay_out(model: GPT) -> GPT:
 
 @eqx.filter_jit
 def _unstacked(model: GPT) -> GPT:
-    n_layer = model.config.n_layer
-    blocks = tuple(jax.tree.map(operator.itemgetter(i), model.blocks) for i in range(n_layer))
-    return eqx.tree_at(lambda m: m.blocks, model, blocks)
+    return model.unstacked()
 
 
 @eqx.filter_jit
 def _converted(model: GPT, int8: bool) -> GPT:
-    model = _unstacked(merge(model))
+    model = merge(model).unstacked()
     if int8:  # from the exact weights: bfloat16 would round them once more
         model = jax.tree.map(
             lambda x: _quantized(x) if isinstance(x, Linear) else x,

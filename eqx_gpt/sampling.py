@@ -70,7 +70,7 @@ class Sampler(eqx.Module):
         """A token. `seen` says which ones the penalty applies to, None for none."""
         logits = self.penalized(logits, seen)
         if self.temperature is None:
-            return jnp.argmax(logits, axis=-1)
+            return argmax(logits)
         return draw(self.filtered(logits), key)
 
     def penalized(
@@ -128,10 +128,29 @@ def draw(logits: Float[Array, "*batch vocab"], key: PRNGKey) -> Int[Array, "*bat
 
     So the random numbers are as many as groups and members, not as many as tokens.
     """
+    groups = _grouped(logits)
+    *batch, n_group, _ = groups.shape
+    noise = jax.random.gumbel(key, (*batch, n_group + _GROUP))
+    group = jnp.argmax(jax.nn.logsumexp(groups, axis=-1) + noise[..., :n_group], axis=-1)
+    members = _members(groups, group)
+    return group * _GROUP + jnp.argmax(members + noise[..., n_group:], axis=-1)
+
+
+def argmax(logits: Float[Array, "*batch vocab"]) -> Int[Array, "*batch"]:
+    """The first of the largest; again by groups, as XLA looks for an index one number at a time."""
+    groups = _grouped(logits)
+    group = jnp.argmax(jnp.max(groups, axis=-1), axis=-1)
+    return group * _GROUP + jnp.argmax(_members(groups, group), axis=-1)
+
+
+def _members(
+    groups: Float[Array, "*batch group member"], group: Int[Array, "*batch"]
+) -> Float[Array, "*batch member"]:
+    return jnp.take_along_axis(groups, group[..., None, None], axis=-2)[..., 0, :]
+
+
+def _grouped(logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch group member"]:
+    """With tokens that cannot be drawn behind the last."""
     *batch, vocab = logits.shape
     padding = [(0, 0)] * len(batch) + [(0, -vocab % _GROUP)]
-    groups = jnp.pad(logits, padding, constant_values=-jnp.inf).reshape(*batch, -1, _GROUP)
-    key_group, key_member = jax.random.split(key)
-    group = jax.random.categorical(key_group, jax.nn.logsumexp(groups, axis=-1), axis=-1)
-    members = jnp.take_along_axis(groups, group[..., None, None], axis=-2)[..., 0, :]
-    return group * _GROUP + jax.random.categorical(key_member, members, axis=-1)
+    return jnp.pad(logits, padding, constant_values=-jnp.inf).reshape(*batch, -1, _GROUP)

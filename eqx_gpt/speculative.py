@@ -27,7 +27,7 @@ from eqx_gpt.decoding import (
 )
 from eqx_gpt.gpt import GPT
 from eqx_gpt.inference import lay_out
-from eqx_gpt.sampling import Sampler, draw
+from eqx_gpt.sampling import Sampler, argmax, draw
 from eqx_gpt.shapes import PRNGKey, Tokens
 
 
@@ -52,7 +52,7 @@ class Draft(eqx.Module):
             raise ValueError(
                 f"the draft has {theirs} tokens, the model {ours}: both need the same vocabulary; "
                 "if only its padding differs, set n_token of both configs to the tokenizer's size "
-                "(GPT.with_config, before for_inference)"
+                "(GPT.with_config)"
             )
         return Draft(lay_out(self.model), self.n_token)
 
@@ -138,7 +138,7 @@ def verify(
     """
     n_draft = drafted.shape[-1]
     if sampler.temperature is None:
-        best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        best = argmax(logits).astype(jnp.int32)
         return best, _n_leading(best[..., :-1] == drafted)
     p = jax.nn.softmax(sampler.filtered(logits), axis=-1)
     q = jax.nn.softmax(proposal, axis=-1)
@@ -176,7 +176,7 @@ def _propose(
         logits = real_logits(draft.model, hidden[..., -1:, :])[..., 0, :]
         logits = rules.sampler.penalized(logits, seen)
         if rules.sampler.temperature is None:
-            token = jnp.argmax(logits, axis=-1)
+            token = argmax(logits)
         else:
             logits = rules.sampler.filtered(logits)
             token = draw(logits, key)

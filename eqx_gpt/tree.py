@@ -31,6 +31,12 @@ def named_arrays(tree: PyTree) -> dict[str, Any]:
     return {name_of(path): leaf for path, leaf in paths_and_leaves if _is_array(leaf)}
 
 
+def named_weights(tree: PyTree) -> dict[str, Any]:
+    """As `named_arrays`, with a quantised weight as one."""
+    paths_and_leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_weight)
+    return {name_of(path): x for path, x in paths_and_leaves if isinstance(x, Int8) or _is_array(x)}
+
+
 def name_of(path: tuple[Any, ...]) -> str:
     """The dotted name of a path as jax gives it."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
@@ -49,7 +55,7 @@ def matching(names: Iterable[str], patterns: str) -> list[str]:
 
 
 def with_arrays(tree: PyTree, arrays: Mapping[str, Any]) -> PyTree:
-    """The tree with the arrays of `named_arrays` replaced.
+    """The tree with the arrays of `named_arrays` replaced, by quantised weights too.
 
     KeyError if a name is missing or is not the tree's, ValueError if a shape differs.
     """

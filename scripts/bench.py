@@ -164,16 +164,18 @@ class Growth:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """What checkpoints cost scripts/train.py, and what it waits for data: runs with and without."""
+    """What checkpoints cost scripts/train.py, and what it waits for data."""
 
     preset: str = "gpt2-small"
     """The run, without its accumulation and dropout."""
     batch_size: int = 2
     """Sequences in a step."""
     interval: int = 50
-    """Steps between checkpoints; a run takes three times as many."""
-    rounds: int = 1
-    """Runs of each kind, in turn; medians are reported."""
+    """Steps between checkpoints that the cost is told for."""
+    window: int = 12
+    """Steps between those of the measurement: twice those that a checkpoint slows, or more."""
+    saves: int = 4
+    """Checkpoints that are measured; medians are reported."""
     dataset: str = "stdlib"
     """Prepared by scripts/prepare.py."""
     data_dir: str = "data"
@@ -294,15 +296,15 @@ def measure_startup(command: Startup) -> dict[str, Any]:
 
 
 def measure_checkpoints(command: Checkpoints) -> dict[str, Any]:
-    for name in ("interval", "rounds"):
-        if getattr(command, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(command, name)}")
+    for name, least in (("interval", 1), ("window", 2), ("saves", 1)):
+        if getattr(command, name) < least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(command, name)}")
     Manifest.read(Path(command.data_dir) / command.dataset)  # or how to prepare it
     flags = {
         "preset": command.preset, "batch_size": command.batch_size, "dataset": command.dataset,
         "data_dir": command.data_dir, "gradient_accumulation_steps": 1, "dropout": 0.0,
     }  # fmt: skip
-    found = checkpoints.measure(flags, command.interval, command.rounds, say)
+    found = checkpoints.measure(flags, command.interval, command.saves, command.window, say)
     show(checkpoints.table(found))
     return found
 

@@ -32,7 +32,10 @@ def main() -> int:
     from train.report_terminal import report_terminal
 
     target = options.output or options.out_dir[0] / "report.html"
-    histories = write_report(options.out_dir, target)
+    try:
+        histories = write_report(options.out_dir, target)
+    except OSError as error:
+        raise ValueError(f"cannot write {str(target)!r}: {error.strerror or error}") from None
     console = rich.console.Console(highlight=False)
     console.print(report_terminal(histories, max(16, min(100, console.width - 60))))
     print(f"written to {target}", file=sys.stderr)

@@ -371,27 +371,32 @@ def test_ctrl_c_leaves_nobody_behind(fake, tmp_path):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
-def test_the_cost_of_checkpoints_is_that_of_two_of_them():
-    """Over the steps 5 to 14 of 15 that save after 5, 10 and 15."""
-    records = [
-        {"iter": i, "train_loss": 1.0, "tokens_per_s": 7.0, "elapsed_s": 100.0 + 3 * i,
-         "step_s": 2.0 * i, "checkpoint_s": 4.0 * (i // 5)}
-        for i in range(15)
-    ]  # fmt: skip
-    found = checkpoints.spent([*records, {"iter": 15, "val_loss": 1.0, "elapsed_s": 999.0}], 5)
-    assert found == {"elapsed_s": 30.0, "step_s": 20.0, "checkpoint_s": 8.0}
+def test_the_cost_of_a_checkpoint_is_what_its_window_took_longer():
+    """Steps of 2 s; one stops the run for 5 s, and the two steps after it take 3 s each."""
+    records, elapsed, blocked = [], 100.0, 0.0
+    for i in range(24):
+        if i and i % 6 == 0:
+            elapsed, blocked = elapsed + 5, blocked + 5
+        elapsed += 3 if i >= 6 and i % 6 < 2 else 2
+        records += [{"iter": i, "train_loss": 1.0, "elapsed_s": elapsed, "step_s": 2.0 * i,
+                     "data_s": 0.5 * i, "checkpoint_s": blocked}]  # fmt: skip
+    found = checkpoints.cost([*records, {"iter": 24, "val_loss": 1.0, "elapsed_s": 999.0}], 50, 6)
+    assert found == {
+        "interval": 50, "step_s": 2.0, "checkpoint_costs_s": [7.0] * 3, "checkpoint_blocks_s": 5.0,
+        "checkpoint_overhead": 0.07, "data_wait_share": 0.25,
+        "after": [8.0, 3.0, 2.0, 2.0, 2.0, 2.0],
+    }  # fmt: skip
 
 
 def test_bench_checkpoints(tmp_path):
     make_dataset(tmp_path / "data")
-    argv = command("bench.py", "checkpoints", preset="shakespeare-char-cpu", interval=2,
-                   dataset="tiny")  # fmt: skip
+    argv = command("bench.py", "checkpoints", preset="shakespeare-char-cpu", window=2,
+                   saves=2, dataset="tiny")  # fmt: skip
     result = run(argv, tmp_path)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
     assert found["command"] == "checkpoints"
-    assert found["seconds"]["with"]["checkpoint_s"] > 0
-    assert found["seconds"]["without"]["checkpoint_s"] == 0
-    assert found["checkpoint_blocks_s"] == found["seconds"]["with"]["checkpoint_s"] / 2
+    assert (len(found["checkpoint_costs_s"]), len(found["after"])) == (2, 2)
+    assert min(found["step_s"], found["checkpoint_blocks_s"]) > 0
     assert found["data_wait_share"] >= 0
-    assert "a checkpoint every 2" in result.stderr
+    assert "a checkpoint every 50 steps: " in result.stderr

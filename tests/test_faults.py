@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -11,13 +12,16 @@ import sys
 import time
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from tiny_run import FLAGS, ROOT, command, losses, make_dataset, run, start
 
 import train.loop
 from eqx_gpt.checksum import checksums
+from eqx_gpt.unreadable import Unreadable, read
 from train.checkpoint import Checkpoints
 from train.compare import differences
 from train.config import TrainConfig, model_config
@@ -30,11 +34,14 @@ from train.run import RunError
 from train.start import skeleton
 from weights import WeightsError, from_pretrained
 
-# Reads and writes that Orbax leaves behind fail whenever they like.
+# Writes that Orbax leaves behind fail whenever they like. What reads leave is nobody's to hear.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
 ]
+
+
+silent = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +97,22 @@ def no_progress(step):
     (step / "progress/metadata").unlink()
 
 
-def flip(step):
-    """One bit of one number: the format itself does not notice this in every file."""
+def garble(step):
+    """One bit that begins a compressed array, which cannot be decoded any more."""
     path = largest(step / "model", "ocdbt.process_0/d/*")
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
+    content[0] ^= 4
     path.write_bytes(content)
+
+
+def flip(step):
+    """One bit of one number, in files that are whole: the format itself does not notice."""
+    item = step / "model"
+    with ocp.StandardCheckpointer() as checkpointer:
+        arrays = {name: np.array(x) for name, x in checkpointer.restore(item).items()}
+        arrays["wte.weight"].view(np.uint32)[3, 5] ^= 4
+        shutil.rmtree(item)
+        checkpointer.save(item, arrays)
 
 
 def other_number(step):
@@ -103,15 +120,29 @@ def other_number(step):
     path.write_text(path.read_text().replace('"skipped": 0', '"skipped": 1'))
 
 
-@pytest.mark.parametrize("damage", [truncate, remove, no_progress, flip, other_number])
+@silent
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (truncate, r'Error reading "[a-z.]+/[0-9.]+": Requested byte range .* of size 100'),
+        (remove, r'Error reading "[a-z0-9_.]+/[0-9.]+": Truncated Zstd-compressed stream'),
+        (no_progress, r".*progress.*"),
+        (garble, r'Error reading "[a-z.]+/[0-9.]+": ZSTD_decompressStream\(\) failed: [A-Z a-z]+'),
+        (flip, r"model: wte.weight changed since they were saved"),
+        (other_number, r"progress changed since it was saved"),
+    ],
+)
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
-    damage, copied, straight, config, data, capsys
+    damage, why, copied, straight, config, data, capfd
 ):
     damage(copied / "checkpoints/12")
     outcome = run_training(at(config, copied), data, resume=True)
     assert (outcome.steps_done, outcome.saved) == (12, True)
-    said = capsys.readouterr().err
-    assert "CHECKPOINT 12 IS DAMAGED, now 12.damaged, going on from 8" in said
+    said = capfd.readouterr().err
+    before = "CHECKPOINT 12 IS DAMAGED, now 12.damaged, going on from 8: "
+    (line,) = [line for line in said.splitlines() if line.startswith(before)]
+    assert re.fullmatch(why, line.removeprefix(before))
+    assert "Traceback" not in said
     assert (copied / "checkpoints/12.damaged/model").is_dir()
     assert differences(copied, straight) == []
 
@@ -127,14 +158,49 @@ def test_if_all_are_damaged_the_run_ends_and_nothing_changes(copied, config, dat
         from_pretrained(copied)
 
 
-def test_sampling_passes_over_a_damaged_checkpoint(copied, config, data):
-    flip(copied / "checkpoints/12")
-    with pytest.warns(UserWarning, match=r"12/model: .* changed .*; taking .*/checkpoints/8"):
+@silent
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (flip, "wte.weight changed since they were saved"),
+        (garble, r'Error reading "[a-z.]+/[0-9.]+": ZSTD_decompressStream\(\) failed: [A-Z a-z]+'),
+    ],
+)
+def test_sampling_passes_over_a_damaged_checkpoint(damage, why, copied, capfd):
+    damage(copied / "checkpoints/12")
+    expected = rf"/12/model: the checkpoint is damaged \({why}\); taking \S*/checkpoints/8$"
+    with pytest.warns(UserWarning, match=expected):
         model = from_pretrained(copied)
+    assert "Traceback" not in capfd.readouterr().err
     at_eight = shutil.copytree(copied, copied.parent / "eight")
     shutil.rmtree(at_eight / "checkpoints/12")
     assert eqx.tree_equal(model, from_pretrained(at_eight))
     assert from_pretrained(at_eight, dtype="bfloat16").wte.weight.dtype == jnp.bfloat16
+
+
+def test_what_is_no_damage_is_told_from_it():
+    """A checkpoint that this process may not read, or has no memory for, is not set aside."""
+
+    def failing(error):
+        def action():
+            try:
+                raise error
+            except Exception as inner:
+                raise Exception("See full TensorStore details") from inner
+
+        return action
+
+    for error in (
+        MemoryError("no room"),
+        PermissionError(13, "Permission denied"),
+        ValueError('PERMISSION_DENIED: Error reading "a/0" in OCDBT database at local file "/b/"'),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes"),
+    ):
+        with pytest.raises(OSError, match=r"no room|denied|^Error reading .a/0.$|Out of memory"):
+            read(failing(error))
+    with pytest.raises(Unreadable, match=r"^KeyError: 'a'$"):
+        read(failing(KeyError("a")))
+    assert read(lambda: 7) == 7
 
 
 def test_a_checkpoint_from_before_there_were_checksums_is_read(copied, straight, config, data):

@@ -1,6 +1,7 @@
 """Decoding as it is meant to be fast: batches of unequal prompts, streams, weights in int8."""
 
 import re
+from dataclasses import replace
 
 import equinox as eqx
 import jax
@@ -23,6 +24,7 @@ from eqx_gpt import (
     stream,
 )
 from eqx_gpt.ops.int8 import Int8
+from eqx_gpt.ops.matmul import linear
 from eqx_gpt.sampling import Sampler
 from eqx_gpt.tree import named_arrays
 
@@ -143,6 +145,23 @@ def test_int8_computes_with_its_rounded_weights(name: str) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("dtype", "error"), [(jnp.bfloat16, 2.0**-16), (jnp.float32, 2.0**-24)])
+@pytest.mark.parametrize("n_row", [1, 3])
+def test_few_rows_times_int8(n_row: int, dtype: jnp.dtype, error: float) -> None:
+    """Each number of a row within `error` of the row's largest, and float32's own rounding."""
+    rng = np.random.default_rng(0)
+    weight = Int8.quantize(jnp.asarray(rng.standard_normal((23, 1000)), jnp.float32))
+    x = jnp.asarray(rng.standard_normal((n_row, 1000)) ** 5, dtype)  # a few large, many small
+    x = x.at[0].set(0) if n_row > 1 else x
+    found = np.asarray(jax.jit(linear, static_argnums=3)(x, weight, None, jnp.float32), np.float64)
+    x, scale = np.asarray(x, np.float64), np.asarray(weight.scale, np.float64)
+    exact = np.asarray(weight.values, np.float64) * scale[:, None]
+    off = np.abs(x).max(axis=1, keepdims=True) * np.abs(exact).sum(axis=1) * error
+    off += np.abs(x) @ np.abs(exact).T * 4 * 2.0**-24
+    assert (np.abs(found - x @ exact.T) <= off).all()
+
+
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_cached_equals_uncached(quantize: str | None) -> None:
     model = cast(for_inference(lively(ARCHITECTURES["llama"]), quantize), jnp.float32)
@@ -154,6 +173,19 @@ def test_cached_equals_uncached(quantize: str | None) -> None:
         parts.append(part)
     expected = np.asarray(model(tokens))
     assert np.abs(np.concatenate(parts, 1) - expected).max() < 2e-6 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_with_config(quantize: str | None) -> None:
+    """Of a model that is laid out: what becomes of it, and what is refused."""
+    original = lively(ARCHITECTURES["llama"])
+    config = replace(original.config, unroll=2, block_size=original.config.block_size - 1)
+    expected = for_inference(original.with_config(config), quantize)
+    found = for_inference(original, quantize).with_config(config)
+    assert eqx.tree_equal(found, expected)
+    biased = replace(config, attention=replace(config.attention, qkv_bias=True))
+    with pytest.raises(KeyError, match=r"blocks\.0\.attention\.qkv\.bias"):
+        found.with_config(biased)
 
 
 def test_refused() -> None:

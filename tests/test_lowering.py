@@ -156,7 +156,7 @@ def lowered_decode_step(platform: str) -> str:
 
 
 # Where the CPU's arrangements are written: the programs say of every operation where it is from.
-CPU_ONLY = ('"_canonical_product', '"_laid_out', "/blocked_attention.py", "/few_rows.py")
+CPU_ONLY = ('"_canonical_product', '"laid_out', "/blocked_attention.py", "/few_rows.py")
 
 
 def test_the_cpu_has_its_arrangements():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from tiny_run import command, losses, make_dataset, run, start
 
 from train.cluster import Hosts, found_cluster
+from train.hosts import DIED
 
 FLAGS = {
     "dataset": "tiny", "n_layer": 1, "n_head": 2, "n_embd": 14, "block_size": 13, "batch_size": 12,
@@ -55,12 +57,17 @@ def wait_for_step(process: subprocess.Popen[str], step: int) -> None:
     raise AssertionError("".join(seen))
 
 
-def wait_for_checkpoint(place: Path, out_dir: str) -> None:
+def steps_saved(place: Path, out_dir: str) -> list[int]:
+    found = (place / out_dir).glob("checkpoints/*")
+    return sorted(int(path.name) for path in found if path.name.isdigit())
+
+
+def wait_for_checkpoints(place: Path, out_dir: str, n: int) -> None:
     for _ in range(2400):
-        if list((place / out_dir).glob("checkpoints/[0-9]*[0-9]")):
+        if len(steps_saved(place, out_dir)) >= n:
             return
         time.sleep(0.1)
-    raise AssertionError("there is no checkpoint")
+    raise AssertionError(f"there are no {n} checkpoints")
 
 
 def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
@@ -68,19 +75,17 @@ def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
     return [(p.returncode, text) for p, text in with_text]
 
 
-def resume(place: Path, n: int, out_dir: str, max_iters: int) -> None:
-    """To the end, on one process or several."""
+def resume(place: Path, n: int, out_dir: str, max_iters: int) -> str:
+    """To the end, on one process or several; returns what the first of them says."""
     flags = {"init_from": "resume", "max_iters": max_iters}
     if n == 1:
         done = run(command("train.py", out_dir=out_dir, **flags), place)
         assert done.returncode == 0, done.stderr
-        return
-    for code, err in ended(started(place, n, out_dir, **flags)):
+        return done.stderr
+    results = ended(started(place, n, out_dir, **flags))
+    for code, err in results:
         assert code == 0, err
-
-
-def last_step(place: Path, out_dir: str) -> int:
-    return max(int(p.name) for p in (place / out_dir / "checkpoints").iterdir() if p.name.isdigit())
+    return results[0][1]
 
 
 def check_against_one_process(place: Path, out_dir: str, max_iters: int) -> None:
@@ -101,7 +106,7 @@ def test_two_processes_stop_together_and_one_goes_on(place: Path) -> None:
     assert (code, other_code) == (143, 143), err + other_err
     assert "stopped by SIGTERM" in err
     assert "iter " not in other_err  # one of them speaks
-    stopped = last_step(place, "two")
+    stopped = steps_saved(place, "two")[-1]
     resume(place, 1, "two", stopped + 5)
     check_against_one_process(place, "two", stopped + 5)
 
@@ -112,7 +117,7 @@ def test_when_a_process_dies_the_others_end_and_fewer_go_on(
 ) -> None:
     out_dir = f"died-{n}"
     processes = started(place, n, out_dir)
-    wait_for_checkpoint(place, out_dir)
+    wait_for_checkpoints(place, out_dir, 1)
     processes[victim].kill()
     began = time.monotonic()
     results = ended(processes)
@@ -121,9 +126,38 @@ def test_when_a_process_dies_the_others_end_and_fewer_go_on(
         if i != victim:
             assert code not in (0, -signal.SIGKILL)
             assert "has died" in err or "fatal error" in err.lower(), err
-    saved = last_step(place, out_dir)
+    saved = steps_saved(place, out_dir)[-1]
     resume(place, n - 1, out_dir, saved + 4)
     check_against_one_process(place, out_dir, saved + 4)
+
+
+def test_what_one_process_cannot_write_or_read_is_lost_to_both(place: Path) -> None:
+    """A save that fails in one of them ends both; a checkpoint that is damaged to one of them is
+    passed over by both."""
+    processes = started(place, 2, "half", mesh="fsdp=2")
+    wait_for_checkpoints(place, "half", 2)
+    # As on a full disk: what is longer cannot be written.
+    resource.prlimit(processes[1].pid, resource.RLIMIT_FSIZE, (50, 50))
+    began = time.monotonic()
+    (code, err), (other_code, other_err) = ended(processes)
+    assert time.monotonic() - began < END_S
+    assert other_code == DIED, other_err
+    before, newest = steps_saved(place, "half")
+    said = f"process 1 of 2 ends: CHECKPOINT IN half NOT WRITTEN, the last on disk is step {newest}"
+    assert said in other_err
+    assert code not in (0, -signal.SIGKILL)
+    assert "has died" in err or "fatal error" in err.lower(), err
+
+    parts = (place / f"half/checkpoints/{newest}/model/ocdbt.process_1/d").iterdir()
+    path = max(parts, key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[0] ^= 4  # an array of this process's, which cannot be decoded any more
+    path.write_bytes(content)
+    err = resume(place, 2, "half", newest + 4)
+    aside = f"CHECKPOINT {newest} IS DAMAGED, now {newest}.damaged, going on from {before}"
+    assert f'{aside}: process 1: Error reading "' in err
+    assert "Traceback" not in err
+    check_against_one_process(place, "half", newest + 4)
 
 
 def test_flags_of_processes_go_together() -> None:

@@ -216,3 +216,7 @@ def test_the_command(trained, tmp_path):
     assert result.returncode == 2
     assert "run.json not found" in result.stderr
     assert "Traceback" not in result.stderr
+    nowhere = tmp_path / "none" / "page.html"
+    result = run(command_of("report.py", "--out_dir", trained, "--output", nowhere), tmp_path)
+    assert result.returncode == 2
+    assert result.stderr == f"report: cannot write '{nowhere}': No such file or directory\n"

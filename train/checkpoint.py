@@ -30,9 +30,10 @@ from jaxtyping import Array, PyTree
 from eqx_gpt.checksum import checksums
 from eqx_gpt.gpt import GPT
 from eqx_gpt.tree import named_arrays, with_arrays
+from eqx_gpt.unreadable import Unreadable, read
 from train.files import write_atomically
 from train.guard import Guard
-from train.hosts import is_writer
+from train.hosts import is_writer, told
 from train.run import RunError
 from train.saved import check_arrays
 from train.step import TrainState
@@ -105,22 +106,18 @@ class Checkpoints:
     def restore(self, skeleton: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The newest whole state and its progress; `skeleton` gives shapes and dtypes.
 
-        A damaged one is set aside, under another name, and said aloud. What the best directory
-        holds of steps to be done again is removed. RunError if all are damaged.
+        A damaged one is set aside, under another name, and said aloud; in a run of several
+        processes, one that is damaged to any of them. What the best directory holds of steps to be
+        done again is removed. RunError if all are damaged.
         """
         damaged: dict[int, Damaged] = {}
-        for step in sorted(self._states.on_disk(), reverse=True):
+        while steps := set(self._states.on_disk()) - damaged.keys():
+            step = max(steps)
             try:
                 found = self._restored(skeleton, step)
             except Damaged as error:
-                if step not in self._states.on_disk():  # a run that goes on has removed it
-                    return self.restore(skeleton)
-                if jax.process_count() > 1:  # the others may have read their parts of it
-                    raise RunError(
-                        f"checkpoint {step} is damaged ({error}); resume once with one process, "
-                        f"which sets it aside, or rename it to {step}.damaged"
-                    ) from None
-                damaged[step] = error
+                if step in self._states.on_disk():  # or a run that goes on has removed it
+                    damaged[step] = error
                 continue
             for bad, error in damaged.items():
                 aside = "" if self._read_only else f", now {self._states.set_aside(bad).name}"
@@ -137,7 +134,7 @@ class Checkpoints:
         item = self._states.directory / str(step) / "model"
         check_arrays(item, named_arrays(skeleton.params))
         saved = self._states.restore(step, _trees(skeleton), ("progress",))
-        progress = _unsealed(saved["progress"])
+        progress = saved["progress"]
         frozen = skeleton.frozen
         if named_arrays(frozen):
             try:
@@ -231,21 +228,30 @@ class _Steps:
     def restore(
         self, step: int, trees: Mapping[str, PyTree], values: tuple[str, ...] = ()
     ) -> dict[str, Any]:
-        """Damaged if anything but the shapes asked for and the bits saved comes out."""
+        """Damaged, and so in every process of the run, if anything but the shapes asked for and
+        the bits saved comes out in one of them. OSError if they do not see the same steps."""
         import orbax.checkpoint as ocp
 
-        place = self.directory / str(step) / "checksums"
-        try:
+        directory = self.directory / str(step)
+
+        def read_all() -> tuple[dict[str, Any], dict[str, Any]]:
+            place = directory / "checksums"
             # Older checkpoints have none.
             sums = json.loads((place / "metadata").read_bytes()) if place.exists() else {}
-            items = {item: _restoring(tree, sums.get(item, {})) for item, tree in trees.items()}
-            items |= {item: ocp.args.JsonRestore() for item in values}
-            saved = self._manager.restore(step, args=ocp.args.Composite(**items))
-            found = {item: saved[item] for item in items}
-        except Exception as error:  # of json, orbax, tensorstore
-            self.drop()
-            reason = str(error).strip().partition("\n")[0][:200]
-            raise Damaged(reason or type(error).__name__) from None
+            found = {x: _unsealed(x, (directory / x / "metadata").read_bytes()) for x in values}
+            # Not by way of the manager, where each process waits for the others to have read.
+            handler = ocp.StandardCheckpointHandler()
+            for item, tree in trees.items():
+                args = _restoring(tree, sums.get(item, {}))
+                found[item] = handler.restore(directory / item, args=args)  # pyright: ignore[reportArgumentType]
+            return sums, found
+
+        sums, found, damage = {}, {}, ""
+        try:
+            sums, found = read(read_all)
+        except Unreadable as error:
+            damage = str(error)
+        _agree(step, damage)
         for item, tree in trees.items():
             if wrong := _changed(found[item], sums.get(item, {})):
                 raise Damaged(f"{item}: {', '.join(wrong)} changed since they were saved")
@@ -349,9 +355,22 @@ def _sealed(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "crc32": zlib.crc32(json.dumps(values, sort_keys=True).encode())}
 
 
-def _unsealed(values: dict[str, Any]) -> dict[str, Any]:
-    values = dict(values)
+def _unsealed(item: str, content: bytes) -> dict[str, Any]:
+    values = json.loads(content)
     sealed = values.pop("crc32", None)
     if sealed is not None and _sealed(values)["crc32"] != sealed:
-        raise Damaged("progress changed since it was saved")
+        raise ValueError(f"{item} changed since it was saved")
     return values
+
+
+def _agree(step: int, damage: str) -> None:
+    """Damaged, if to one of the run's processes, which all read this step, it is."""
+    lines = [line.partition(" ")[::2] for line in told(f"{step} {damage}")]
+    if len(found := {seen for seen, _ in lines}) > 1:
+        raise OSError(
+            f"the processes find different last checkpoints, {' and '.join(sorted(found))}: the "
+            "run directory has to be on a file system that they share"
+        )
+    for i, (_, said) in enumerate(lines):
+        if said:
+            raise Damaged(said if len(lines) == 1 else f"process {i}: {said}")

@@ -14,6 +14,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train.cluster import Hosts, found_cluster
@@ -25,6 +26,8 @@ T = TypeVar("T")
 HEARTBEAT_S = 30
 SHUTDOWN_S = 60
 DIED = 70
+
+_LINE = 200  # bytes
 
 EXPECTED = (ValueError, OSError, KeyboardInterrupt, jax.errors.JaxRuntimeError)
 
@@ -57,6 +60,15 @@ def join(hosts: Hosts, timeout_s: int = 300) -> None:
 def is_writer() -> bool:
     """Is this the process that writes files and to the terminal?"""
     return jax.process_index() == 0
+
+
+def told(text: str) -> list[str]:
+    """What each process of the run says, in their order; all of them call this together."""
+    if jax.process_count() == 1:
+        return [text]
+    line = text.encode()[:_LINE].ljust(_LINE)
+    lines = multihost_utils.process_allgather(np.frombuffer(line, np.uint8))
+    return [bytes(each).decode(errors="replace").rstrip() for each in np.asarray(lines)]
 
 
 class Vote:

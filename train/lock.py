@@ -8,7 +8,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from train.run import RunError
@@ -28,7 +28,7 @@ def locked(directory: str | Path) -> Iterator[None]:
     path = Path(directory) / "run.lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8")
+        file = path.open("ab", buffering=0)
     except OSError as error:
         raise RunError(f"cannot write to {str(directory)!r}: {error.strerror}") from None
     with file:
@@ -42,9 +42,10 @@ def locked(directory: str | Path) -> Iterator[None]:
                 ) from None
             except OSError:  # a file system without locks
                 pass
-        file.truncate(0)
-        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n")
-        file.flush()
+        with suppress(OSError):  # on a full disk nobody is told who the first is
+            file.truncate(0)
+            holder = {"host": socket.gethostname(), "pid": os.getpid()}
+            file.write((json.dumps(holder) + "\n").encode())
         yield
 
 

@@ -36,7 +36,11 @@ class Unharmed:
 
 
 class Saver:
-    """Writes checkpoints; one that fails is said, and tried again by the next save."""
+    """Writes checkpoints; one that fails is said, and tried again by the next save.
+
+    In a run of several processes it raises OSError instead, for the others wait for the part that
+    was not written: the run ends, and goes on from the last whole checkpoint.
+    """
 
     def __init__(
         self,
@@ -96,7 +100,10 @@ class Saver:
         self._saved = None
         last = self._checkpoints.latest_step()
         there = "none is on disk" if last is None else f"the last on disk is step {last}"
-        self._say(f"CHECKPOINT IN {self._directory} NOT WRITTEN, {there}: {reason(error)}")
+        said = f"CHECKPOINT IN {self._directory} NOT WRITTEN, {there}: {reason(error)}"
+        if jax.process_count() > 1:
+            raise OSError(said) from error
+        self._say(said)
 
     def _mend_directory(self) -> None:
         if not (self._directory / "run.json").exists():

@@ -22,6 +22,7 @@ from eqx_gpt.checksum import checksums
 from eqx_gpt.config import GPTConfig, LoRAConfig
 from eqx_gpt.record import conflict
 from eqx_gpt.tokenizer import Tokenizer, fingerprint
+from eqx_gpt.unreadable import Unreadable, read
 from weights.errors import WeightsError, raise_problems, read_json
 
 T = TypeVar("T")
@@ -126,10 +127,13 @@ def _stored(path: Path) -> Mapping[str, Any]:
     # Imported where used: `import weights` stays fast.
     import orbax.checkpoint as ocp
 
-    try:
+    def read_all() -> Mapping[str, Any]:
         return ocp.StandardCheckpointHandler().metadata(path).tree  # pyright: ignore[reportArgumentType]
-    except Exception as error:  # of json, orbax, tensorstore
-        raise _damaged(path, error) from error
+
+    try:
+        return read(read_all)
+    except Unreadable as error:
+        raise _damaged(path, error) from None
 
 
 def _restored(
@@ -145,7 +149,8 @@ def _restored(
             problems.append(f"{name} has shape {found}, run.json asks for {expected}")
     if problems:
         raise_problems(str(path), sorted(problems))
-    try:
+
+    def read_all() -> tuple[dict[str, jax.Array], list[str]]:
         place = path.parent / "checksums"
         # Older checkpoints have none.
         sums = json.loads((place / "metadata").read_bytes())[path.name] if place.exists() else {}
@@ -154,10 +159,14 @@ def _restored(
         with ocp.StandardCheckpointer() as checkpointer:
             arrays = checkpointer.restore(path, saved)
         found = checksums({name: x for name, x in arrays.items() if name in sums})
-    except Exception as error:
-        raise _damaged(path, error) from error
-    if wrong := [name for name, value in found.items() if value != sums[name][1]]:
-        raise _damaged(path, ValueError(f"{', '.join(wrong)} changed since they were saved"))
+        return arrays, [name for name, value in found.items() if value != sums[name][1]]
+
+    try:
+        arrays, wrong = read(read_all)
+    except Unreadable as error:
+        raise _damaged(path, error) from None
+    if wrong:
+        raise _damaged(path, f"{', '.join(wrong)} changed since they were saved")
     return {name: arrays.pop(name).astype(leaf.dtype) for name, leaf in leaves.items()}
 
 
@@ -169,6 +178,5 @@ class DamagedError(WeightsError):
     """A checkpoint that cannot be read, or not as it was written."""
 
 
-def _damaged(path: Path, error: Exception) -> DamagedError:
-    reason = str(error).strip().partition("\n")[0][:300] or type(error).__name__
+def _damaged(path: Path, reason: object) -> DamagedError:
     return DamagedError(f"{path}: the checkpoint is damaged ({reason})")

@@ -18,9 +18,14 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from eqx_gpt.ops.few_rows import FEW_ROWS, linear_few_rows
+from eqx_gpt.ops.few_rows import (
+    FEW_ROWS,
+    linear_few_rows,
+    linear_few_rows_int8,
+    weights_come_first,
+)
 from eqx_gpt.ops.int8 import Int8
-from eqx_gpt.ops.platform import by_platform
+from eqx_gpt.ops.platform import by_platform, laid_out
 
 
 def linear(
@@ -69,17 +74,18 @@ def row_major(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
     """`x`, laid out as `product` wants it: on CPUs row-major, whatever made it."""
     if x.dtype != jnp.bfloat16:
         return x
-    return by_platform(x, cpu=_laid_out, default=lambda x: x)
+    return by_platform(x, cpu=laid_out, default=lambda x: x)
 
 
 def _linear(x: Array, weight: Array) -> Float[Array, "*batch out"]:
-    if x.dtype != jnp.bfloat16 and weight.dtype != jnp.int8:
+    n_row = math.prod(x.shape[:-1])
+    if weight.dtype == jnp.int8 and n_row <= FEW_ROWS:
+        return by_platform(x, weight, cpu=linear_few_rows_int8, default=_plain_linear)
+    if x.dtype != jnp.bfloat16:
         return _plain_linear(x, weight)
-    if math.prod(x.shape[:-1]) <= FEW_ROWS:
-        return by_platform(x, weight, cpu=linear_few_rows, default=_plain_linear)
     if weight.dtype == jnp.int8:
         weight = weight.astype(x.dtype)
-    return _linear_of_rows(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], -1)
+    return _linear_of_rows(x.reshape(n_row, -1), weight).reshape(*x.shape[:-1], -1)
 
 
 def _plain_linear(x: Array, weight: Array) -> Float[Array, "*batch out"]:
@@ -92,11 +98,15 @@ def _plain_linear(x: Array, weight: Array) -> Float[Array, "*batch out"]:
 # The weight is converted in here, so that its gradient is what the product gives, unrounded.
 @jax.custom_vjp
 def _linear_of_rows(x: Array, weight: Array) -> Float[Array, "rows out"]:
-    return product_transposed(x, weight.astype(x.dtype))
+    """This runs where no gradient is asked for."""
+    weight = weight.astype(x.dtype)
+    if weights_come_first(x, weight):
+        return by_platform(x, weight, cpu=linear_few_rows, default=_plain_linear)
+    return product_transposed(x, weight)
 
 
 def _linear_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _linear_of_rows(x, weight), (x, weight)
+    return product_transposed(x, weight.astype(x.dtype)), (x, weight)
 
 
 def _linear_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
@@ -123,16 +133,3 @@ def _plain_product(a: Array, b: Array, *, transposed: bool = False) -> Array:
 def _canonical_product(a: Array, b: Array, *, transposed: bool = False) -> Array:
     a, b = lax.optimization_barrier((a, b))
     return lax.optimization_barrier(_plain_product(a, b, transposed=transposed))
-
-
-def _laid_out(x: Array) -> Array:
-    """`x` behind a barrier that sees it in another shape: of that, XLA cannot choose the layout by
-    looking at what `x` was transposed from."""
-    *batch, m, n = x.shape
-    if m % 2 == 0:
-        seen = (*batch, 2, m // 2, n)
-    elif n % 2 == 0:
-        seen = (*batch, m, 2, n // 2)
-    else:
-        return x
-    return lax.optimization_barrier(x.reshape(seen)).reshape(x.shape)

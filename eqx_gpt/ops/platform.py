@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from jax import lax
-from jaxtyping import Array
+from jaxtyping import Array, Shaped
 
 T = TypeVar("T")
 
@@ -21,3 +21,19 @@ def by_platform(*args: Array | None, cpu: Callable[..., T], default: Callable[..
 def stored(x: Array) -> Array:
     """`x`, on CPUs written to memory once instead of made anew at each use."""
     return by_platform(x, cpu=lax.optimization_barrier, default=lambda x: x)
+
+
+def laid_out(x: Shaped[Array, "*batch m n"]) -> Shaped[Array, "*batch m n"]:
+    """`x`, row-major on CPUs whatever made it.
+
+    It stands behind a barrier that sees it in another shape: of that, XLA cannot choose the layout
+    by looking at what `x` was transposed from.
+    """
+    *batch, m, n = x.shape
+    if m % 2 == 0:
+        seen = (*batch, 2, m // 2, n)
+    elif n % 2 == 0:
+        seen = (*batch, m, 2, n // 2)
+    else:
+        return x
+    return lax.optimization_barrier(x.reshape(seen)).reshape(x.shape)

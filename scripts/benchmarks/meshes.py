@@ -133,9 +133,11 @@ def difference(one: Run, other: Run) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=20)
-    steps = range(parser.parse_args().steps)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    arguments = parser.parse_args()
+    steps = range(arguments.steps)
     windows, found = random_windows(), {}
-    for name, model in MODELS.items():
+    for name, model in ((name, MODELS[name]) for name in arguments.models):
         one = run(model, None, windows, steps=steps)
         print(f"{name}: one device, loss {one.losses[0]:.4f} to {one.losses[-1]:.4f}", flush=True)
         for shape in shapes_of(8):
