@@ -12,6 +12,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 from eqx_gpt import lora
@@ -116,9 +117,12 @@ class GPT(eqx.Module):
         key: PRNGKey | None = None,
         starts: Int[Array, "..."] | None = None,
         taps: Taps | None = None,
+        dtype: DTypeLike | None = None,
     ) -> tuple[Hidden, KVCache | None]:
         """The residual stream after the last norm: all of the model but its head.
 
+        It is computed in `dtype`, None for that of the weights: each is converted where it is used,
+        and its gradient is not rounded.
         With a cache, which knows itself where its sequences begin, there are no `starts`.
         """
         if cache is not None and starts is not None:
@@ -133,14 +137,15 @@ class GPT(eqx.Module):
             )
         tap = NO_TAP if taps is None else taps.outside
         key_embed, key_blocks = (None, None) if key is None else jax.random.split(key)
-        x = by_sequence(at_use(self.wte)(tokens))
+        x = by_sequence(at_use(self.wte)(tokens, dtype))
         if self.config.embedding_scale == "sqrt_n_embd":
             x = x * jnp.asarray(math.sqrt(self.config.n_embd), x.dtype)
         x = tap("embedding", x)
         if self.wpe is not None:
             seq = tokens.shape[-1]
             positions = positions_in(starts, seq) if cache is None else cache.positions(seq)
-            positions = tap("positions", at_use(self.wpe)(self.config.position.offset + positions))
+            positions = at_use(self.wpe)(self.config.position.offset + positions, dtype)
+            positions = tap("positions", positions)
             # Summed in float32, and so is the gradient of the positions over the batch.
             positions = jnp.broadcast_to(positions.astype(jnp.float32), x.shape)
             x = (x.astype(jnp.float32) + positions).astype(x.dtype)

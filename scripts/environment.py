@@ -4,6 +4,8 @@ XLA allocates its large buffers anew at each use. malloc gives them back to the 
 them again, 4 KiB at a time, unless tunables read at process start ask for huge pages and for memory
 to be kept: under Linux with glibc, computing on a CPU, a command starts itself once more with them,
 unless `EQX_GPT_ALLOCATOR=off`.
+
+XLA's own loops use half of a vector register of 512 bits unless `XLA_FLAGS` asks for all of it.
 """
 
 import glob
@@ -19,6 +21,7 @@ SWITCH = "EQX_GPT_ALLOCATOR"
 _HUGE = "glibc.malloc.hugetlb=1"  # transparent ones, by madvise
 _KEPT = "glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=17179869184"
 TUNABLES = f"{_HUGE}:{_KEPT}:glibc.malloc.top_pad=268435456"
+_WIDE = "--xla_cpu_prefer_vector_width"
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 # What NVIDIA's, AMD's and Google's drivers make.
 _ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
@@ -35,6 +38,9 @@ def prepare_process(name: str) -> None:
     if tunables != os.environ.get("GLIBC_TUNABLES") and sys.argv[0] in sys.orig_argv:  # not runpy
         environment = {**os.environ, "GLIBC_TUNABLES": tunables, SWITCH: "set"}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+    flags = os.environ.get("XLA_FLAGS", "")
+    if _WIDE not in flags and _has_wide_vectors() and _computes_on_cpu():
+        os.environ["XLA_FLAGS"] = f"{flags} {_WIDE}=512".strip()
     keep_programs()
 
 
@@ -57,6 +63,13 @@ def _wanted_tunables() -> str | None:
     theirs = current.split(":") if current else []
     named = {tunable.split("=")[0] for tunable in theirs}
     return ":".join([*theirs, *(t for t in TUNABLES.split(":") if t.split("=")[0] not in named)])
+
+
+def _has_wide_vectors() -> bool:
+    try:
+        return " avx512f " in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def _has_huge_pages() -> bool:

@@ -69,6 +69,23 @@ def test_a_command_starts_itself_once_more_and_keeps_all_it_was_given(start):
     assert err == ""
 
 
+@pytest.mark.skipif(not environment._has_wide_vectors(), reason="no registers of 512 bits")
+@pytest.mark.parametrize(
+    ("given", "flags"),
+    [
+        ({"XLA_FLAGS": ""}, "--xla_cpu_prefer_vector_width=512"),
+        ({"XLA_FLAGS": "--xla_x=1"}, "--xla_x=1 --xla_cpu_prefer_vector_width=512"),
+        (
+            {"XLA_FLAGS": "--xla_cpu_prefer_vector_width=128"},
+            "--xla_cpu_prefer_vector_width=128",
+        ),
+        ({"XLA_FLAGS": "", "JAX_PLATFORMS": "cuda,cpu"}, ""),
+    ],
+)
+def test_xla_is_told_of_wide_vectors_unless_the_user_has_a_say(start, given, flags):
+    assert start(**given)[0]["environ"].get("XLA_FLAGS", "") == flags
+
+
 @linux
 @pytest.mark.parametrize(
     ("given", "tunables"),

@@ -6,6 +6,7 @@ from jaxtyping import Array, Int
 
 from eqx_gpt.gpt import GPT
 from eqx_gpt.ops.cross_entropy import cross_entropy
+from eqx_gpt.ops.meshed import mesh_here
 from eqx_gpt.shapes import PRNGKey, Scalar
 from eqx_gpt.tree import cast
 from train.packing import Packed
@@ -22,16 +23,16 @@ def next_token_loss(
 ) -> Scalar:
     """Mean cross-entropy, in nats a token, of each token of a window given those before it.
 
-    The model computes in `dtype` with a copy of its weights; gradients reach the weights
-    themselves. `key` None means no dropout. Of packed documents each is read as if it were alone,
-    and a token counts as much as its weight says. For `z_loss` and `label_smoothing` see
-    `cross_entropy`.
+    The model computes in `dtype`; gradients reach the weights themselves. `key` None means no
+    dropout. Of packed documents each is read as if it were alone, and a token counts as much as its
+    weight says. For `z_loss` and `label_smoothing` see `cross_entropy`.
     """
-    computing = model if jnp.dtype(dtype) == jnp.float32 else cast(model, dtype)
+    if mesh_here() is not None:  # devices send each other the smaller numbers
+        model = cast(model, dtype)
     packed = windows if isinstance(windows, Packed) else Packed(windows)
-    hidden, _ = computing.hidden(packed.tokens[..., :-1], key=key, starts=packed.starts)
+    hidden, _ = model.hidden(packed.tokens[..., :-1], key=key, starts=packed.starts, dtype=dtype)
     targets, softcap = packed.tokens[..., 1:], model.config.logit_softcap
-    weight, bias = computing.head_weight, computing.head_bias
+    weight, bias = model.head_weight, model.head_bias
     return cross_entropy(
         hidden, weight, targets, bias, softcap, packed.weights, z_loss, label_smoothing
     )

@@ -78,8 +78,8 @@ def clip_by_norm(limit: float) -> optax.GradientTransformationExtraArgs:
         **extra: Any,
     ) -> tuple[PyTree, optax.OptState]:
         size = optax.tree.norm(updates) if norm is None else norm
-        small = size < limit
-        return jax.tree.map(lambda u: jnp.where(small, u, (u / size) * limit), updates), state
+        factor = jnp.where(size < limit, 1.0, limit / size)
+        return jax.tree.map(lambda u: u * factor, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 

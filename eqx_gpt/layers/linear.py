@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from eqx_gpt.ops.few_rows import FEW_ROWS, unconverted
@@ -68,10 +69,13 @@ class Embedding(eqx.Module):
     def init(n_row: int, width: int, *, std: float, key: PRNGKey) -> "Embedding":
         return Embedding(std * jax.random.normal(key, (n_row, width), jnp.float32))
 
-    def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch d"]:
-        if isinstance(self.weight, Int8):
-            return self.weight[ids]
+    def __call__(
+        self, ids: Int[Array, "*batch"], dtype: DTypeLike | None = None
+    ) -> Float[Array, "*batch d"]:
+        """The vectors at `ids`, as `dtype`, None for the table's."""
         table = self.weight
+        if isinstance(table, Int8):
+            return table[ids] if dtype is None else table[ids].astype(dtype)
         if ids.size <= FEW_ROWS:
             table, ids = by_platform(table, ids, cpu=unconverted, default=lambda *both: both)
-        return look_up(table, ids)
+        return look_up(table, ids, table.dtype if dtype is None else dtype)

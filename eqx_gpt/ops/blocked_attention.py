@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from eqx_gpt.ops.exp import exp_of_negative
-from eqx_gpt.ops.matmul import product, row_major
+from eqx_gpt.ops.matmul import product, product_transposed, row_major
 
 _MASKED = -1e30  # finite, so that the distance to a maximum is never inf - inf
 _SCORES = 2**19  # as many at a time as stay in the caches of a core or two: 2 MiB of float32
@@ -37,7 +37,7 @@ def attend(
     """As `eqx_gpt.ops.attention.causal_attention`; also log(sum(exp(scores))) of each query."""
     group = q.shape[-2] // k.shape[-2]
     run = partial(_attend, window=window, scale=scale, softcap=softcap)
-    operands = _queries(q, group), _keys_transposed(k), _keys(v), _starts(starts, k.shape[-2])
+    operands = _queries(q, group), _keys(k), _keys(v), _starts(starts, k.shape[-2])
     out, lse = _few_at_a_time(run, operands)
     return _unqueries(out, q.shape), _unqueries(lse[..., None], (*q.shape[:-1], 1))[..., 0]
 
@@ -60,12 +60,10 @@ def attend_backward(
     delta = jnp.sum(d.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     operands = (
         _queries(q, group),
-        _queries_transposed(q, group),
         _keys(k),
         _keys_transposed(k),
         _keys(v),
         _queries(d, group),
-        _queries_transposed(d, group),
         _queries(lse[..., None], group)[..., 0],
         _queries(delta[..., None], group)[..., 0],
         _starts(starts, k.shape[-2]),
@@ -78,7 +76,7 @@ def attend_backward(
 
 def _attend(
     q: Float[Array, "n g s d"],
-    k_t: Float[Array, "n d s"],
+    k: Float[Array, "n s d"],
     v: Float[Array, "n s d"],
     starts: Int[Array, "n s"] | None,
     *,
@@ -92,7 +90,7 @@ def _attend(
     for i, end in _blocks(seq):
         first = 0 if window is None else max(0, i - window + 1)
         rows = q[:, :, i:end].reshape(n, -1, head_dim)
-        scores = _bent(product(rows, k_t[:, :, first:end]), scale, softcap)
+        scores = _bent(product_transposed(rows, k[:, first:end]), scale, softcap)
         position = np.tile(np.arange(i, end), group)
         seen = _visible(position[:, None], np.arange(first, end)[None, :], window, scores.shape)
         if starts is not None:
@@ -112,12 +110,10 @@ def _attend(
 
 def _attend_backward(
     q: Float[Array, "n g s d"],
-    q_t: Float[Array, "n d g s"],
     k: Float[Array, "n s d"],
     k_t: Float[Array, "n d s"],
     v: Float[Array, "n s d"],
     d: Float[Array, "n g s d"],
-    d_t: Float[Array, "n d g s"],
     lse: Float[Array, "n g s"],
     delta: Float[Array, "n g s"],
     starts: Int[Array, "n s"] | None,
@@ -129,14 +125,11 @@ def _attend_backward(
     """The gradients of queries, keys and values; `d` is that of the output."""
     n, group, seq, head_dim = q.shape
     dtype = q.dtype
-    dq_t = jnp.zeros(q_t.shape, jnp.float32)
+    dq_t = jnp.zeros((n, head_dim, group, seq), jnp.float32)
     dks, dvs = [], []
     for j, end in _blocks(seq):
         last = seq if window is None else min(seq, end + window - 1)
         shape = (n, end - j, group * (last - j))
-
-        def columns(x: Array, j: int = j, last: int = last) -> Array:
-            return x[:, :, :, j:last].reshape(n, head_dim, -1)
 
         def rows(x: Array, j: int = j, last: int = last) -> Array:
             return x[:, :, j:last].reshape(n, -1, head_dim)
@@ -144,7 +137,7 @@ def _attend_backward(
         def of_query(x: Array, j: int = j, last: int = last, shape: tuple = shape) -> Array:
             return jnp.broadcast_to(x[:, :, j:last].reshape(n, 1, -1), shape)
 
-        scores = _bent(product(k[:, j:end], columns(q_t)), scale, softcap)
+        scores = _bent(product_transposed(k[:, j:end], rows(q)), scale, softcap)
         position = np.tile(np.arange(j, last), group)
         seen = _visible(position[None, :], np.arange(j, end)[:, None], window, shape)
         if starts is not None:
@@ -152,7 +145,7 @@ def _attend_backward(
             seen = seen & _from(start, np.arange(j, end)[:, None], shape)
         powers = exp_of_negative(jnp.minimum(scores - of_query(lse), 0), dtype)
         weights = lax.optimization_barrier(jnp.where(seen, powers, 0).astype(dtype))
-        d_weights = product(v[:, j:end], columns(d_t))
+        d_weights = product_transposed(v[:, j:end], rows(d))
         slope = scale if softcap is None else scale * (1 - jnp.square(scores / softcap))
         d_scores = weights.astype(jnp.float32) * (d_weights - of_query(delta)) * slope
         d_scores = lax.optimization_barrier(d_scores.astype(dtype))
@@ -231,18 +224,15 @@ def _unqueries(x: Float[Array, "n g s d"], shape: tuple[int, ...]) -> Array:
     return jnp.swapaxes(x.reshape(-1, head, seq, head_dim), 1, 2).reshape(shape)
 
 
-def _queries_transposed(x: Float[Array, "*batch s h d"], group: int) -> Float[Array, "n d g s"]:
-    seq, _, head_dim = x.shape[-3:]
-    columns = jnp.moveaxis(_by_head(x, group), -1, 2)  # b k d g s
-    return row_major(columns.reshape(-1, head_dim, group * seq)).reshape(-1, head_dim, group, seq)
-
-
 def _keys(x: Float[Array, "*batch s k d"]) -> Float[Array, "n s d"]:
     return _queries(x, 1)[:, 0]
 
 
 def _keys_transposed(x: Float[Array, "*batch s k d"]) -> Float[Array, "n d s"]:
-    return _queries_transposed(x, 1)[:, :, 0]
+    seq, _, head_dim = x.shape[-3:]
+    return row_major(jnp.moveaxis(x.reshape(-1, seq, x.shape[-2], head_dim), 1, 3)).reshape(
+        -1, head_dim, seq
+    )
 
 
 def _unkeys(x: Float[Array, "n s d"], shape: tuple[int, ...]) -> Array:

@@ -250,6 +250,7 @@ def _loss_and_gradients(
     """As `_loss`, and the gradients of the hidden vectors, to be summed over the parts of the
     vocabulary, of the weight and of the bias."""
     rows, labels, real = _chunked(hidden, weight, targets, token_weights)
+    dtype, weight = weight.dtype, weight.astype(hidden.dtype)
     weight_t = transposed(weight)
     offset = None if bias is None else bias.astype(jnp.float32)[None, :]
 
@@ -287,7 +288,7 @@ def _loss_and_gradients(
     d_bias = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
     zeros = (jnp.zeros((), jnp.float32), jnp.zeros(weight_t.shape, jnp.float32), d_bias)
     (total, d_weight_t, d_bias), d_rows = lax.scan(add_chunk, zeros, (rows, labels, real))
-    d_weight = jnp.swapaxes(d_weight_t, 0, 1).astype(weight.dtype)
+    d_weight = jnp.swapaxes(d_weight_t, 0, 1).astype(dtype)
     d_hidden = d_rows.reshape(-1, hidden.shape[-1])[: targets.size].reshape(hidden.shape)
     d_bias = None if d_bias is None or bias is None else d_bias.astype(bias.dtype)
     return total / targets.size, (d_hidden, d_weight, d_bias)

@@ -34,7 +34,8 @@ def linear(
     bias: Float[Array, " out"] | None = None,
     dtype: DTypeLike | None = None,
 ) -> Float[Array, "*batch out"]:
-    """`x @ weight.T + bias`, summed in float32; `dtype` is the result's, None for that of `x`."""
+    """`x @ weight.T + bias`, multiplied in the dtype of `x` and summed in float32; `dtype` is the
+    result's, None for that of `x`."""
     if isinstance(weight, Int8):
         y = _linear(x, weight.values)
         y = y * jnp.broadcast_to(weight.scale, y.shape)
@@ -82,8 +83,9 @@ def _linear(x: Array, weight: Array) -> Float[Array, "*batch out"]:
         return by_platform(x, weight, cpu=linear_few_rows_int8, default=_plain_linear)
     if x.dtype != jnp.bfloat16:
         return _plain_linear(x, weight)
-    rows = x.reshape(n_row, -1)
-    return _linear_of_rows(rows, weight.astype(x.dtype)).reshape(*x.shape[:-1], -1)
+    if weight.dtype == jnp.int8:
+        weight = weight.astype(x.dtype)
+    return _linear_of_rows(x.reshape(n_row, -1), weight).reshape(*x.shape[:-1], -1)
 
 
 def _plain_linear(x: Array, weight: Array) -> Float[Array, "*batch out"]:
@@ -93,16 +95,18 @@ def _plain_linear(x: Array, weight: Array) -> Float[Array, "*batch out"]:
     )
 
 
+# The weight is converted in here, so that its gradient is what the product gives, unrounded.
 @jax.custom_vjp
 def _linear_of_rows(x: Array, weight: Array) -> Float[Array, "rows out"]:
     """This runs where no gradient is asked for."""
+    weight = weight.astype(x.dtype)
     if weights_come_first(x, weight):
         return by_platform(x, weight, cpu=linear_few_rows, default=_plain_linear)
     return product_transposed(x, weight)
 
 
 def _linear_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
-    return product_transposed(x, weight), (x, weight)
+    return product_transposed(x, weight.astype(x.dtype)), (x, weight)
 
 
 def _linear_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
@@ -113,7 +117,8 @@ def _linear_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, A
         d_weight = product(transposed(g), x)
     else:
         d_weight = jnp.swapaxes(product(transposed(x), g), 0, 1)
-    return product(g, weight).astype(x.dtype), d_weight.astype(weight.dtype)
+    d_x = product(g, weight.astype(x.dtype)).astype(x.dtype)
+    return d_x, d_weight.astype(weight.dtype)
 
 
 _linear_of_rows.defvjp(_linear_forward, _linear_backward)

@@ -11,6 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from eqx_gpt.ops.matmul import product
@@ -65,17 +66,23 @@ def normalize(
     return y.astype(x.dtype)
 
 
-@jax.custom_vjp
-def look_up(table: Float[Array, "rows d"], ids: Int[Array, "*batch"]) -> Float[Array, "*batch d"]:
-    """table[ids]; the gradient of a row that is met often is summed in float32."""
-    return table[ids]
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def look_up(
+    table: Float[Array, "rows d"], ids: Int[Array, "*batch"], dtype: DTypeLike
+) -> Float[Array, "*batch d"]:
+    """table[ids] as `dtype`; the gradient of a row that is met often is summed in float32."""
+    return table[ids].astype(dtype)
 
 
-def _look_up_forward(table: Array, ids: Array) -> tuple[Array, tuple[Array, Array]]:
-    return table[ids], (table, ids)
+def _look_up_forward(
+    table: Array, ids: Array, dtype: DTypeLike
+) -> tuple[Array, tuple[Array, Array]]:
+    return table[ids].astype(dtype), (table, ids)
 
 
-def _look_up_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, None]:
+def _look_up_backward(
+    dtype: DTypeLike, residuals: tuple[Array, Array], g: Array
+) -> tuple[Array, None]:
     table, ids = residuals
     n_row, ids, g = table.shape[0], ids.reshape(-1), g.reshape(-1, g.shape[-1])
 
