@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import pytest
@@ -37,7 +38,7 @@ def test_memory_elsewhere_is_that_of_the_books(name: str) -> None:
     """16 bytes a parameter (ZeRO, arXiv:1910.02054, section 3, in float32), 2 for the copy; and of
     each layer and token about 34 d bytes (Korthikanti et al., arXiv:2205.05198, section 4, without
     the scores, which are made anew)."""
-    config = PRESETS[name]
+    config = dataclasses.replace(PRESETS[name], mesh="data=8", remat="none")
     plan = plan_for("h100:8", config, model_config(config, 50257))
     n = params_of(config)
     state, copy, kept, _ = plan.memory.values()
@@ -64,11 +65,48 @@ def test_time_and_money_elsewhere() -> None:
 
 def test_a_model_too_large_for_one_device_is_split() -> None:
     config = PRESETS["gpt2-xl"]
-    assert plan_for("h100:8", config, model_config(config, 50257)).mesh == {"data": 8}
+    # Where both fit, what the update reads and writes decides.
+    assert plan_for("h100:8", config, model_config(config, 50257)).mesh == {"fsdp": 8}
     split = plan_for("rtx4090:8", config, model_config(config, 50257))
     assert split.mesh == {"fsdp": 8}
     assert split.fits
     assert not plan_for("rtx4090", config, model_config(config, 50257)).fits
+
+
+def test_the_layout_is_chosen_at_a_fixed_global_batch() -> None:
+    """Activations are made again only where they do not fit, for that takes arithmetic."""
+    config = dataclasses.replace(PRESETS["gpt2-small"], block_size=8192)
+    model_cfg = model_config(config, 50257)
+    roomy, tight = plan_for("h100", config, model_cfg), plan_for("l4", config, model_cfg)
+    assert roomy.remat == "none"
+    assert roomy.fits
+    assert tight.remat == "block"
+    assert tight.fits
+    asked = plan_for("h100", dataclasses.replace(config, remat="dots"), model_cfg)
+    assert asked.remat == "dots"
+    for plan in (roomy, tight, asked):
+        assert plan.n_micro * plan.micro_batch_size == config.global_batch_size
+    # A weight gathered for each micro-batch: over two hosts, only within each of them.
+    large = PRESETS["gpt2-xl"]
+    mesh = plan_for("rtx4090:16", large, model_config(large, 50257)).mesh
+    assert mesh == {"data": 2, "fsdp": 8}
+
+
+def test_here_less_is_kept_where_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, str]] = []
+
+    def memory(config: TrainConfig, model_cfg: Any, execution: Any) -> dict[str, float]:
+        assert model_cfg.remat == config.remat
+        asked.append((execution.micro_batch_size, config.remat))
+        return {"all": 100.0 * execution.micro_batch_size / (2 if config.remat == "block" else 1)}
+
+    monkeypatch.setattr("train.plan._compiled_memory", memory)
+    monkeypatch.setattr("train.plan._memory_here", lambda: 60.0)
+    chosen = with_chosen_batch(SMALL)
+    assert (chosen.batch_size, chosen.gradient_accumulation_steps) == (1, 12)
+    assert chosen.remat == "block"
+    assert asked[:2] == [(12, "none"), (6, "none")]
+    assert asked[-1] == (1, "block")
 
 
 def test_a_mesh_of_ones_own() -> None:
@@ -156,13 +194,16 @@ def test_presets_have_no_traps(name: str) -> None:
 def test_traps_are_named(change: dict[str, float], match: str) -> None:
     recipe = PRESETS["gpt2-small"]
     config = dataclasses.replace(recipe, **change)
-    assert any(match in trap for trap in traps(config, recipe, 124_373_760, None))
+    (found,) = (t for t in traps(config, recipe, 124_373_760, None) if match in t.text)
+    assert found.name in {*change, "tokens_per_step", "lr_decay_iters", "min_lr"}
 
 
 def test_few_tokens_read_often() -> None:
     config = PRESETS["gpt2-small"]
     (found,) = traps(config, config, 124_373_760, 9_000_000)
-    assert f"{math.floor(480 * 1024 * 600_000 / 9e6):,} times" in found
+    assert f"{math.floor(480 * 1024 * 600_000 / 9e6):,} times" in found.text
+    watched = dataclasses.replace(config, dropout=0.2, always_save_checkpoint=False)
+    assert traps(watched, watched, 124_373_760, 9_000_000) == []
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -1,18 +1,20 @@
 """A plan as a person reads it."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import rich.console
 import rich.table
 
 from train.config import TrainConfig
+from train.finding import Finding
 from train.progress import duration
 
 if TYPE_CHECKING:
     from train.plan import Plan
 
 
-def print_plan(plan: "Plan", config: TrainConfig, traps: list[str]) -> None:
+def print_plan(plan: "Plan", config: TrainConfig, traps: Sequence[Finding]) -> None:
     """To stdout."""
     console = rich.console.Console(highlight=False)
     table = rich.table.Table(show_header=False, box=None, pad_edge=False)
@@ -23,7 +25,9 @@ def print_plan(plan: "Plan", config: TrainConfig, traps: list[str]) -> None:
     table.add_row(
         "batch",
         f"{config.global_batch_size} x {config.block_size} tokens a step: {plan.n_micro} "
-        f"micro-batches of {plan.micro_batch_size}" + (f", mesh {mesh}" if mesh else ""),
+        f"micro-batches of {plan.micro_batch_size}"
+        + (f", mesh {mesh}" if mesh else "")
+        + (f", remat {plan.remat}" if plan.remat != "none" else ""),
     )
     for what, size in plan.memory.items():
         table.add_row("", f"{_size(size):>10}  {what}")
@@ -38,7 +42,7 @@ def print_plan(plan: "Plan", config: TrainConfig, traps: list[str]) -> None:
     for line in plan.assumptions:
         console.print(f"- {line}", soft_wrap=True)
     for trap in traps:
-        console.print(f"WATCH OUT: {trap}", soft_wrap=True)
+        console.print(f"WATCH OUT {trap}", soft_wrap=True)
     if not plan.fits:
         console.print(
             "Even one sequence at a time does not fit; take more devices, a shorter --block_size, "
