@@ -28,6 +28,7 @@ from train.reference import (
     place_train,
     place_val,
     reference_of,
+    steps_to,
 )
 from train.report import report_html
 from train.run import read_run
@@ -109,6 +110,8 @@ def test_what_a_reference_knows(reference: Reference) -> None:
     edges = band(reference, 5369)
     assert [step for step, _, _ in edges] == list(range(100, 1001, 100))
     assert all(low < float(curve(step)) + 0.1 < high for step, low, high in edges)
+    assert steps_to(reference, float(curve(500)) + 0.13) == 500
+    assert steps_to(reference, 1.0) is None
     # Fewer tokens evaluated say less.
     wide, narrow = (place_val(reference, {"iter": 500, "val_loss": 2.0}, n) for n in (900, 5369))
     assert wide is not None
@@ -265,8 +268,9 @@ def test_spoilt_data_is_named(data: Manifest, tmp_path: Path) -> None:
         ({"train": np.append(train, data.vocab_size).astype(train.dtype)}, "tokenizer"),
     )
     for spoilt, name in cases:
-        found = case_of(run_of(data, tmp_path, **spoilt)).data
-        assert [finding.name for finding in found] == [name]
+        spoilt_case = case_of(run_of(data, tmp_path, **spoilt))
+        assert [finding.name for finding in spoilt_case.data] == [name]
+        assert judge(spoilt_case, lines(list(FALLING)), []).standing == "suspect"
 
 
 # The references that there are.

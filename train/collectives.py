@@ -31,6 +31,7 @@ from train.config import TrainConfig, with_fields
 
 MOST_DEVICES = 64
 """Of virtual ones. What each sends hardly depends on their number beyond that."""
+TIMEOUT_S = 600
 _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1, "f64": 8, "s64": 8,
           "u64": 8, "s8": 1, "u8": 1, "s16": 2, "u16": 2}  # fmt: skip
@@ -58,7 +59,7 @@ def compiled_traffic(
 ) -> Traffic:
     """Of a step of `n_micro` micro-batches of `rows` sequences on each part of the mesh.
 
-    **Raises:** ValueError with the end of what the process said, should it fail.
+    **Raises:** ValueError with the end of what the process said, should it fail, or take too long.
     """
     smaller = shrunk(mesh)
     request = {
@@ -77,10 +78,15 @@ def compiled_traffic(
             "JAX_ENABLE_COMPILATION_CACHE": "false",
             "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
         }  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, "-m", "train.collectives", folder],
-            input=json.dumps(request), env=environment, capture_output=True, text=True,
-        )  # fmt: skip
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "train.collectives", folder],
+                input=json.dumps(request), env=environment, capture_output=True, text=True,
+                timeout=TIMEOUT_S,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            text = f"compiling for a mesh of {smaller} took more than {TIMEOUT_S} s"
+            raise ValueError(text) from None
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
         raise ValueError(f"compiling for a mesh of {dict(mesh)} failed: {last[0]}")

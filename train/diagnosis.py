@@ -24,11 +24,12 @@ from train.reference import (
     reference_of,
 )
 
-Standing = Literal["on track", "better", "off track", "nothing wrong", "unknown"]
+Standing = Literal["on track", "better", "off track", "suspect", "nothing wrong", "unknown"]
 _LABELS: Mapping[Standing, str] = {
     "on track": "on track",
     "better": "better than the reference",
     "off track": "OFF TRACK",
+    "suspect": "SUSPECT DATA",
     "nothing wrong": "nothing wrong so far",
     "unknown": "too early to say",
 }
@@ -123,7 +124,9 @@ def judge(
         findings = tuple({found.name: found for found in reversed(causes)}.values())[::-1]
         return Verdict(step, "off track", text, findings)
     if not places:
-        standing = "nothing wrong" if len(steps) >= 4 else "unknown"
+        standing: Standing = "nothing wrong" if len(steps) >= 4 else "unknown"
+        if case.data:
+            standing = "suspect"
         why = case.without if case.reference is None else "too few lines to compare yet"
         return Verdict(step, standing, f"{_last_losses(steps, evaluations)}; {why}", case.data)
     below = [place for place in places if place.excess < 0]

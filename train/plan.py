@@ -184,8 +184,6 @@ def plan_for(
     if asked is not None and math.prod(asked.values()) != n:
         raise ValueError(f"mesh={config.mesh!r} is not of {n} devices; give another, or auto")
     meshes = [{"data": n}, {"fsdp": n}] if asked is None else [asked]
-    if asked is None and n > 8 and n % 8 == 0:
-        meshes.insert(1, {"data": n // 8, "fsdp": 8})
     n_part = n // meshes[0].get("tensor", 1)
     if n_sequences % n_part:
         raise ValueError(
@@ -204,8 +202,11 @@ def plan_for(
     n_micro = n_sequences // (n_part * layout.rows)
     found = layout.traffic
     if n > 1 and traffic is not None:
-        chosen = dataclasses.replace(config, remat=layout.remat)
-        found = traffic(chosen, model_cfg, layout.mesh, layout.rows, n_micro)
+        chosen = dataclasses.replace(model_cfg, remat=layout.remat)
+        try:
+            found = traffic(config, chosen, layout.mesh, layout.rows, n_micro)
+        except ValueError as error:
+            found = dataclasses.replace(found, how=f"{found.how}, because {error}")
     step_s = estimate.step_s(layout.mesh, layout.remat, found)
     tokens = n_sequences * config.block_size
     price = chip.dollars_per_hour if dollars_per_hour is None else dollars_per_hour

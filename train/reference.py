@@ -192,6 +192,14 @@ def grad_norm_ratio(reference: Reference, steps: Sequence[Mapping[str, Any]]) ->
     return math.exp(off) if abs(off) > max(SIGMAS * spread, math.log(1.5)) else None
 
 
+def steps_to(reference: Reference, val_loss: float) -> int | None:
+    """After how many steps its runs' mean validation loss is at most this; None: never."""
+    curve = reference.val_loss
+    return next(
+        (i for i, mean in zip(curve.iter, curve.mean, strict=True) if mean <= val_loss), None
+    )
+
+
 def band(reference: Reference, n_tokens: int) -> list[tuple[int, float, float]]:
     """Where the validation loss of evaluations over so many tokens is expected."""
     places = (

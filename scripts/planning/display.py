@@ -1,6 +1,7 @@
 """A plan as a person reads it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import rich.console
@@ -9,6 +10,7 @@ import rich.table
 from train.config import TrainConfig
 from train.finding import Finding
 from train.progress import duration
+from train.reference import reference_of, steps_to
 
 if TYPE_CHECKING:
     from train.plan import Plan
@@ -38,6 +40,14 @@ def print_plan(plan: "Plan", config: TrainConfig, traps: Sequence[Finding]) -> N
     table.add_row("step", f"{plan.step_s:.3g} s, {plan.tokens_per_s:,.0f} tokens/s{mfu}")
     dollars = "" if plan.dollars is None else f", ${plan.dollars:,.0f}"
     table.add_row("run", f"{config.max_iters:,} steps: {duration(plan.run_s)}{dollars}")
+    if (steps := _steps_to_target(config)) is not None:
+        share = steps / config.max_iters
+        dollars = "" if plan.dollars is None else f", ${plan.dollars * share:,.0f}"
+        table.add_row(
+            "target",
+            f"loss {config.target_val_loss:g} after about {steps:,} steps, as in the reference's "
+            f"runs: {duration(plan.run_s * share)}{dollars}",
+        )
     console.print(table)
     for line in plan.assumptions:
         console.print(f"- {line}", soft_wrap=True)
@@ -49,6 +59,13 @@ def print_plan(plan: "Plan", config: TrainConfig, traps: Sequence[Finding]) -> N
             "or a smaller model",
             soft_wrap=True,
         )
+
+
+def _steps_to_target(config: TrainConfig) -> int | None:
+    if config.target_val_loss is None:
+        return None
+    reference = reference_of(None, replace(config, target_val_loss=None))
+    return None if reference is None else steps_to(reference, config.target_val_loss)
 
 
 def _size(n_bytes: float) -> str:
