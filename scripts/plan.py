@@ -53,6 +53,7 @@ def main() -> int:
     config.check_together()
     n_token, train_tokens, pretrained = size_of(config)
 
+    from train.collectives import compiled_traffic
     from train.plan import plan_for, plan_here, planned_model
     from train.traps import traps
 
@@ -62,10 +63,12 @@ def main() -> int:
         plan = plan_here(config, model_cfg, auto=auto, say=say)
     else:
         price = options.dollars_per_hour
-        plan = plan_for(options.device, config, model_cfg, dollars_per_hour=price)
+        plan = plan_for(
+            options.device, config, model_cfg, dollars_per_hour=price, traffic=compiled_traffic
+        )
     found = traps(config, recipe, plan.n_params, train_tokens)
     print_plan(plan, config, found)
-    print(json.dumps({**plan.to_dict(), "traps": found}))
+    print(json.dumps({**plan.to_dict(), "traps": [trap.text for trap in found]}))
     return 0 if plan.fits else 1
 
 

@@ -69,8 +69,9 @@ def main() -> int:
             check_same_tokenizer(data, tokenizer)
         pretrained = partial(from_pretrained, config.init_from)
     outcome = train(
-        config, data, pretrained=pretrained, resume=resume, process=describe_process(), hosts=hosts
-    )
+        config, data, pretrained=pretrained, resume=resume, process=describe_process(),
+        hosts=hosts, preset=wishes.preset,
+    )  # fmt: skip
     return outcome.exit_code
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import pytest
@@ -13,6 +14,7 @@ from eqx_gpt import get_config
 from eqx_gpt.tree import count_params
 from scripts.planning.known import with_chosen_batch
 from train.accelerators import ACCELERATORS, parse_devices
+from train.collectives import compiled_traffic, count, shrunk
 from train.config import TrainConfig, model_config
 from train.plan import plan_for, plan_here, planned_model
 from train.presets import PRESETS
@@ -37,7 +39,7 @@ def test_memory_elsewhere_is_that_of_the_books(name: str) -> None:
     """16 bytes a parameter (ZeRO, arXiv:1910.02054, section 3, in float32), 2 for the copy; and of
     each layer and token about 34 d bytes (Korthikanti et al., arXiv:2205.05198, section 4, without
     the scores, which are made anew)."""
-    config = PRESETS[name]
+    config = dataclasses.replace(PRESETS[name], mesh="data=8", remat="none")
     plan = plan_for("h100:8", config, model_config(config, 50257))
     n = params_of(config)
     state, copy, kept, _ = plan.memory.values()
@@ -64,11 +66,44 @@ def test_time_and_money_elsewhere() -> None:
 
 def test_a_model_too_large_for_one_device_is_split() -> None:
     config = PRESETS["gpt2-xl"]
-    assert plan_for("h100:8", config, model_config(config, 50257)).mesh == {"data": 8}
+    # Where both fit, what the update reads and writes decides.
+    assert plan_for("h100:8", config, model_config(config, 50257)).mesh == {"fsdp": 8}
     split = plan_for("rtx4090:8", config, model_config(config, 50257))
     assert split.mesh == {"fsdp": 8}
     assert split.fits
     assert not plan_for("rtx4090", config, model_config(config, 50257)).fits
+
+
+def test_the_layout_is_chosen_at_a_fixed_global_batch() -> None:
+    """Activations are made again only where they do not fit, for that takes arithmetic."""
+    config = dataclasses.replace(PRESETS["gpt2-small"], block_size=65536)
+    model_cfg = model_config(config, 50257)
+    roomy, tight = plan_for("h100", config, model_cfg), plan_for("l4", config, model_cfg)
+    assert roomy.remat == "none"
+    assert roomy.fits
+    assert tight.remat == "block"
+    assert tight.fits
+    asked = plan_for("h100", dataclasses.replace(config, remat="dots"), model_cfg)
+    assert asked.remat == "dots"
+    for plan in (roomy, tight, asked):
+        assert plan.n_micro * plan.micro_batch_size == config.global_batch_size
+
+
+def test_here_less_is_kept_where_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, str]] = []
+
+    def memory(config: TrainConfig, model_cfg: Any, execution: Any) -> dict[str, float]:
+        assert model_cfg.remat == config.remat
+        asked.append((execution.micro_batch_size, config.remat))
+        return {"all": 100.0 * execution.micro_batch_size / (2 if config.remat == "block" else 1)}
+
+    monkeypatch.setattr("train.plan._compiled_memory", memory)
+    monkeypatch.setattr("train.plan._memory_here", lambda: 60.0)
+    chosen = with_chosen_batch(SMALL)
+    assert (chosen.batch_size, chosen.gradient_accumulation_steps) == (1, 12)
+    assert chosen.remat == "block"
+    assert asked[:2] == [(12, "none"), (6, "none")]
+    assert asked[-1] == (1, "block")
 
 
 def test_a_mesh_of_ones_own() -> None:
@@ -78,6 +113,45 @@ def test_a_mesh_of_ones_own() -> None:
     assert plan.n_micro * plan.micro_batch_size == 480
     state = plan.memory["parameters, optimizer, gradients"]
     assert state == pytest.approx(16 * params_of(config) / 4, rel=1e-3)
+
+
+HLO = """
+  %p = f32[12,7]{1,0} parameter(0)
+  %all-gather.1 = bf16[24,10]{1,0} all-gather(%c), replica_groups={{0,1,2,3}}, dimensions={0}
+  %all-reduce.2 = f32[100]{0} all-reduce(%g), replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%s
+  ROOT %ar.3 = (f32[8]{0}, bf16[6]{0}) all-reduce-start(%x, %y), replica_groups=[2,2]<=[4]
+  %all-reduce.4 = f32[64]{0} all-reduce(%h), replica_groups={{0,1}}, to_apply=%s
+  %slice = f32[32]{0} dynamic-slice(%all-reduce.4, %i), dynamic_slice_sizes={32}
+  %cp = f32[11]{0} collective-permute(%z), source_target_pairs={{0,1}}
+"""
+
+
+def test_what_is_sent_is_counted() -> None:
+    """By hand: bytes of the results, by how much of them each of a ring's devices sends."""
+    assert count(HLO) == {
+        "all-gather": 3 / 4 * 2 * 240,
+        "all-reduce": 2 * 3 / 4 * 400 + 2 * 1 / 2 * (32 + 12),
+        "reduce-scatter": 1 / 2 * 256,  # each goes on with its half of the sum
+        "collective-permute": 44.0,
+    }
+    assert shrunk({"data": 64, "fsdp": 8}) == {"data": 8, "fsdp": 8}
+    assert shrunk({"fsdp": 8, "tensor": 1}) == {"fsdp": 8}
+
+
+@pytest.mark.parametrize("mesh", [{"data": 2}, {"fsdp": 2}])
+def test_a_step_is_compiled_for_devices_that_are_not_here(mesh: dict[str, int]) -> None:
+    """Of a deep model nearly all is its layers'. Gradients in float32 are summed, or scattered,
+    and weights in bfloat16 gathered for the forward and the backward pass: of two devices each
+    sends 4 bytes a parameter either way."""
+    deep = dataclasses.replace(SMALL, n_layer=1000, n_embd=32)
+    found = compiled_traffic(deep, model_config(deep, 65), mesh, 3, 2)
+    assert found.total == pytest.approx(2 * 4 * params_of(deep, 65), rel=0.03)
+    (plan,) = [
+        plan_for("h100:2", dataclasses.replace(deep, mesh=f"{axis}=2"), model_config(deep, 65),
+                 traffic=lambda *_: found)
+        for axis in mesh
+    ]  # fmt: skip
+    assert any("compiled for this mesh on virtual devices" in line for line in plan.assumptions)
 
 
 def test_here_the_compiler_is_asked() -> None:
@@ -156,13 +230,16 @@ def test_presets_have_no_traps(name: str) -> None:
 def test_traps_are_named(change: dict[str, float], match: str) -> None:
     recipe = PRESETS["gpt2-small"]
     config = dataclasses.replace(recipe, **change)
-    assert any(match in trap for trap in traps(config, recipe, 124_373_760, None))
+    (found,) = (t for t in traps(config, recipe, 124_373_760, None) if match in t.text)
+    assert found.name in {*change, "tokens_per_step", "lr_decay_iters", "min_lr"}
 
 
 def test_few_tokens_read_often() -> None:
     config = PRESETS["gpt2-small"]
     (found,) = traps(config, config, 124_373_760, 9_000_000)
-    assert f"{math.floor(480 * 1024 * 600_000 / 9e6):,} times" in found
+    assert f"{math.floor(480 * 1024 * 600_000 / 9e6):,} times" in found.text
+    char = PRESETS["shakespeare-char"]
+    assert traps(char, char, 10_700_000, 1_003_854) == []  # dropout is for that
 
 
 def test_the_command(tmp_path: Path) -> None:

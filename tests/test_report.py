@@ -173,7 +173,7 @@ def test_a_band_is_drawn_over_what_there_is():
     (corners,) = paths(drawn, "band")
     assert len(corners) == 2 * 11
     assert max(x for x, _ in corners) == 706.0
-    text = report_html([], None)
+    text = report_html([])
     assert "svg" not in Page(text).tags
 
 

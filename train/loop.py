@@ -54,7 +54,14 @@ from train.plot import plot_losses
 from train.profile import Profile
 from train.provenance import add_process, process_record
 from train.report import try_report
-from train.run import RunError, check_startable, has_checkpoint, resumed_model, write_run
+from train.run import (
+    RunError,
+    check_startable,
+    has_checkpoint,
+    read_run,
+    resumed_model,
+    write_run,
+)
 from train.saving import Saver, Unharmed, silent_writers
 from train.schedules import learning_rate
 from train.start import computing, new_state, recipe, skeleton, started_model
@@ -69,6 +76,7 @@ from train.step import (
 )
 from train.summary import account, summary
 from train.target import seconds_since_start, whole_val_loss
+from train.watch import Watch
 
 PLOT_EVERY_S = 60.0  # drawing takes a second, and a short run gets its plot at the end
 
@@ -111,6 +119,7 @@ def train(
     resume: bool = False,
     process: str | None = None,
     hosts: Hosts | None = None,
+    preset: str | None = None,
 ) -> Outcome:
     """Run `config` on `data`, in `config.out_dir`.
 
@@ -122,6 +131,8 @@ def train(
     - `process`: what the header says of the process's environment.
     - `hosts`: where the run's other processes are; None is a run of this process, or of those that
       have joined already.
+    - `preset`: the name of the recipe that `config` was made from, whose curve and settings the
+      run is compared with.
 
     **Raises:** ValueError (also as RunError, DatasetError) for what the user can mend. Whatever
     happens, the directory keeps its last whole checkpoint.
@@ -134,7 +145,7 @@ def train(
     def run() -> Outcome:
         mesh = choose_mesh(config.mesh_shape, config.global_batch_size)
         with around(mesh):
-            return _train(config, data, pretrained, resume, process, mesh, began)
+            return _train(config, data, pretrained, resume, process, mesh, began, preset)
 
     return ending_together(run)
 
@@ -147,6 +158,7 @@ def _train(
     process: str | None,
     mesh: Mesh | None,
     began: float,
+    preset: str | None,
 ) -> Outcome:
     if not resume:
         check_startable(config.out_dir)
@@ -167,7 +179,7 @@ def _train(
     ):
         if not resume and writes:
             check_startable(config.out_dir)  # another may have run here in the meantime
-            write_run(config, model_cfg, data)
+            write_run(config, model_cfg, data, preset)
         trainer = Trainer(config, data, model_cfg, start, display, process, began, mesh, writes)
         del start  # its arrays are copied
         if resume and not config.eval_only and is_writer():
@@ -260,7 +272,10 @@ class Trainer:
         self.metrics: MetricsFile | None = None
         self.closing = ExitStack()
         self.loggers: dict[int, Logger] = {}
+        self.watch: Watch | None = None
+        self.preset: str | None = None
         if writes:
+            self.preset = read_run(self.directory).get("preset")
             self.metrics = MetricsFile(
                 self.directory / "metrics.jsonl", self.steps_done, self.progress.evaluated_at
             )
@@ -268,6 +283,9 @@ class Trainer:
                 config, n_params, resumed=self.steps_done > 0, closing=self.closing
             )
             self.loggers = dict(enumerate([self.metrics.write, *more]))
+            if not config.eval_only:
+                with self.unharmed("watching"):
+                    self.watch = Watch(self.directory, n_params)
         self.reached = self._at_target()
         self.clocks = Vote()
         self.plotted_at = time.monotonic()
@@ -282,6 +300,8 @@ class Trainer:
             )
             | ({} if process is None else {"process": process})
         )  # fmt: skip
+        if self.watch is not None:
+            self._tell(*self.watch.start())
 
     def close(self) -> None:
         self.checkpoints.close()
@@ -329,6 +349,8 @@ class Trainer:
             tokens = self.steps_done * self.tokens_per_step
             flops = tokens * self.flops_per_token
             self._tell(*summary(self.clock.seconds(), tokens, flops, self.peak_flops))
+            if self.watch is not None and self.steps_done:
+                self._tell(*self.watch.verdict().lines())
         return Outcome(self.steps_done, interrupted_by, self.progress.val_loss, saved)
 
     def _train(self, signals: Interruption) -> None:
@@ -452,7 +474,9 @@ class Trainer:
             f"eval {step}/{config.max_iters} val loss {losses['val']:.4f}, "
             f"train loss {losses['train']:.4f}{mark}"
         )
-        self._log({"iter": step, "val_loss": losses["val"], "eval_train_loss": losses["train"]})
+        record = {"iter": step, "val_loss": losses["val"], "eval_train_loss": losses["train"]}
+        self._log(record)
+        self._watch(record)
         if time.monotonic() - self.plotted_at > PLOT_EVERY_S:
             with self.clock.phase("other"):
                 self._draw()
@@ -471,7 +495,9 @@ class Trainer:
         )
         mark, seconds = self._keep_if_best(loss), seconds_since_start()
         self.display.line(f"eval {step}/{self.config.max_iters} whole val loss {loss:.4f}{mark}")
-        self._log({"iter": step, "val_loss": loss, "val_split": "whole", "process_s": seconds})
+        record = {"iter": step, "val_loss": loss, "val_split": "whole", "process_s": seconds}
+        self._log(record)
+        self._watch(record)
         self.progress = dataclasses.replace(self.progress, whole_val_loss=loss)
         self.reached = self._at_target()
         if self.reached:
@@ -529,7 +555,7 @@ class Trainer:
 
     def _mend_directory(self) -> None:
         if is_writer():
-            write_run(self.config, self.model_cfg, self.data)
+            write_run(self.config, self.model_cfg, self.data, self.preset)
         if self.metrics is not None:
             self.metrics.rescue()
 
@@ -564,6 +590,7 @@ class Trainer:
         }
         self._log(record)
         self.display.step(record, self._eta(tokens_per_s))
+        self._watch(record)
 
     def _log(self, record: dict[str, Any]) -> None:
         tokens = self.steps_done * self.tokens_per_step
@@ -572,6 +599,14 @@ class Trainer:
         for i, logger in self.loggers.items():
             with self.unharmed(f"logger {i}" if i else "metrics.jsonl"):
                 logger(record)
+
+    def _watch(self, record: dict[str, Any]) -> None:
+        """Say whether the curve is normal, where that is news."""
+        if self.watch is not None:
+            plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v
+                     for k, v in record.items()}  # fmt: skip
+            with self.unharmed("watching"):
+                self._tell(*self.watch.after(plain))
 
     def _draw(self) -> None:
         """The pictures of the run so far."""

@@ -11,7 +11,7 @@ import math
 import resource
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,15 +22,15 @@ from jaxtyping import PyTree
 
 from eqx_gpt.config import GPTConfig
 from eqx_gpt.tree import count_params
-from train.accelerators import parse_devices
-from train.config import TrainConfig, model_config
+from train.accelerators import Accelerator, parse_devices
+from train.collectives import Traffic
+from train.config import Remat, TrainConfig, model_config
 from train.devices import Execution
 from train.loss import next_token_loss
 from train.metrics import flops_per_token
 from train.start import as_trained, computing, new_state, recipe, skeleton
 from train.step import (
     Gradients,
-    TrainState,
     add_gradients,
     apply_added,
     apply_gradients,
@@ -42,7 +42,9 @@ MFU = 0.45
 USABLE = 0.92
 """Of an accelerator's memory; the rest is its driver's, the compiler's, and fragments."""
 _ENOUGH_TOKENS = 2**16  # a device that computes so many at once is no faster for more
-_TIMED_LAYERS = 4
+_TIMED_LAYERS = (8, 4, 2)
+_RECOMPUTED: Mapping[Remat, float] = {"none": 1.0, "dots": 1.05, "block": 4 / 3}
+"""Arithmetic of a step in all: of a block it is the forward pass once more."""
 _SAY = Callable[[str], None]
 
 
@@ -51,7 +53,7 @@ class Plan:
     """How a run is to be laid out, and what it will need then.
 
     - `micro_batch_size`: sequences at once, on all devices together.
-    - `mesh`: devices along each axis.
+    - `mesh`: devices along each axis; `remat`: as in `TrainConfig`.
     - `memory`: bytes on each device, by what they are for; `room`: what a device has, None if that
       is not known.
     - `step_s`, `run_s`: seconds of a step, of all steps; evaluations and checkpoints come on top.
@@ -66,6 +68,7 @@ class Plan:
     micro_batch_size: int
     n_micro: int
     mesh: dict[str, int]
+    remat: Remat
     memory: dict[str, float]
     room: float | None
     step_s: float
@@ -104,7 +107,8 @@ def plan_here(
     """
     shapes = skeleton(config, model_cfg, jnp.float32)
     n_params, n_frozen = count_params(shapes.model), count_params(shapes.frozen)
-    execution, memory, room = choose_layout(config, model_cfg, auto=auto, say=say)
+    config, execution, memory, room = choose_layout(config, model_cfg, auto=auto, say=say)
+    model_cfg = dataclasses.replace(model_cfg, remat=config.remat)
     step_s, timed = _timed_step(config, model_cfg, execution, say)
     tokens = config.global_batch_size * config.block_size
     flops = tokens * flops_per_token(
@@ -127,6 +131,7 @@ def plan_here(
         execution.micro_batch_size,
         execution.n_micro,
         {},
+        config.remat,
         memory,
         room,
         step_s,
@@ -140,18 +145,23 @@ def plan_here(
 
 def choose_layout(
     config: TrainConfig, model_cfg: GPTConfig, *, auto: bool, say: _SAY = lambda _: None
-) -> tuple[Execution, dict[str, float], float | None]:
-    """How a step is laid out here, what memory that takes, and what there is; see `plan_here`."""
+) -> tuple[TrainConfig, Execution, dict[str, float], float | None]:
+    """How a step is laid out here, what memory that takes, and what there is; see `plan_here`. The
+    config is that of the layout."""
     shapes = skeleton(config, model_cfg, jnp.float32)
     n_params, n_frozen = count_params(shapes.model), count_params(shapes.frozen)
     platform, room, layouts = jax.default_backend(), _memory_here(), _layouts(config, auto)
-    while True:
-        candidate = next(layouts)
+    found: dict[Execution, tuple[TrainConfig, Execution, dict[str, float], float | None]] = {}
+    for candidate in layouts:
+        model_cfg = dataclasses.replace(model_cfg, remat=candidate.remat)
         execution = Execution.choose(candidate, model_cfg, n_params, platform, n_frozen)
-        say(f"compiling for micro-batches of {execution.micro_batch_size}")
+        remat = "" if candidate.remat == "none" else f" with remat={candidate.remat}"
+        say(f"compiling for micro-batches of {execution.micro_batch_size}{remat}")
         memory = _compiled_memory(candidate, model_cfg, execution)
-        if execution.micro_batch_size == 1 or room is None or sum(memory.values()) <= room:
-            return execution, memory, room
+        found[execution] = candidate, execution, memory, room
+        if room is None or sum(memory.values()) <= room:
+            return found[execution]
+    return min(found.values(), key=lambda layout: sum(layout[2].values()))
 
 
 def plan_for(
@@ -160,14 +170,19 @@ def plan_for(
     model_cfg: GPTConfig,
     *,
     dollars_per_hour: float | None = None,
+    traffic: Callable[[TrainConfig, GPTConfig, dict[str, int], int, int], Traffic] | None = None,
 ) -> Plan:
-    """For accelerators that are not here, such as `h100:8`. ValueError for an unknown one, or for
-    more devices than a step has sequences."""
+    """For accelerators that are not here, such as `h100:8`.
+
+    Mesh, micro-batches and remat are those with the shortest step that fit. `traffic` counts what
+    the chosen layout sends (see `compiled_traffic`); None is a formula.
+
+    **Raises:** ValueError for an unknown device, or for more than a step has sequences.
+    """
     name, chip, n = parse_devices(device)
     n_sequences, asked = config.global_batch_size, config.mesh_shape
     if asked is not None and math.prod(asked.values()) != n:
         raise ValueError(f"mesh={config.mesh!r} is not of {n} devices; give another, or auto")
-    # A copy of the state on each device, as long as there is room for it, costs the least.
     meshes = [{"data": n}, {"fsdp": n}] if asked is None else [asked]
     n_part = n // meshes[0].get("tensor", 1)
     if n_sequences % n_part:
@@ -175,94 +190,183 @@ def plan_for(
             f"{n_part} devices do not divide the {n_sequences} sequences of a step; give a number "
             "that does, or another batch_size * gradient_accumulation_steps"
         )
-    shapes = skeleton(config, model_cfg, jnp.float32)
-    n_params, n_frozen = count_params(shapes.model), count_params(shapes.frozen)
-    state = _nbytes(shapes) + 4 * (n_params - n_frozen)  # and its gradients
-    room = USABLE * chip.memory
-    copy = 2 * n_params
-    a_row = [_saved_bytes(config, model_cfg, rows) for rows in (1, 2)]
-    per_row = a_row[1] - a_row[0]
-    per_row /= n // n_part
-
-    def parts(mesh: dict[str, int]) -> tuple[int, float, list[int]]:
-        """Into how many parts the state is split, what stays on each device besides the
-        activations, and how many sequences at once there is room for then."""
-        split = n // mesh.get("data", 1)
-        fixed = state / split + copy / min(split, 2)
-        rows = [
-            r
-            for r in range(1, n_sequences // n_part + 1)
-            if (n_sequences // n_part) % r == 0
-            and (r == 1 or r * config.block_size <= _ENOUGH_TOKENS)
-            and fixed + 1.25 * per_row * r <= room
-        ]
-        return split, fixed, rows
-
-    mesh = next((mesh for mesh in meshes if parts(mesh)[2]), meshes[-1])
-    split, fixed, rows = parts(mesh)
-    row = max(rows, default=1)
-    memory = {
-        "parameters, optimizer, gradients": state / split,
-        "the parameters in bfloat16": fixed - state / split,
-        "what the backward pass needs of the forward pass": per_row * row,
-        "temporary": 0.25 * per_row * row,
-    }
+    estimate = _Estimate.of(config, model_cfg, chip, n)
+    layouts = [
+        layout
+        for remat in _remats(config)
+        for per_row in [_bytes_of_a_row(config, model_cfg, remat) / (n // n_part)]
+        for mesh in meshes
+        for layout in estimate.layouts(mesh, remat, per_row)
+    ]
+    layout = min(layouts, key=lambda layout: (not layout.fits, layout.step_s))
+    n_micro = n_sequences // (n_part * layout.rows)
+    found = layout.traffic
+    if n > 1 and traffic is not None:
+        chosen = dataclasses.replace(model_cfg, remat=layout.remat)
+        try:
+            found = traffic(config, chosen, layout.mesh, layout.rows, n_micro)
+        except ValueError as error:
+            found = dataclasses.replace(found, how=f"{found.how}, because {error}")
+    step_s = estimate.step_s(layout.mesh, layout.remat, found)
     tokens = n_sequences * config.block_size
-    n_micro = n_sequences // (n_part * row)
-    flops = tokens * flops_per_token(
-        n_params, model_cfg.n_layer, model_cfg.n_embd, config.block_size, n_frozen
-    )
-    compute_s = flops / (n * MFU * chip.flops)
-    update_s = 2 * state / split / chip.bandwidth
-    sent = (n - 1) / n * n_params * (8 if split == 1 else 8 * n_micro)
-    link_s = sent / chip.link
-    step_s = max(compute_s, link_s) + update_s
     price = chip.dollars_per_hour if dollars_per_hour is None else dollars_per_hour
     run_s = step_s * config.max_iters
-    assumptions = (
+    assumptions = [
         "an estimate: nothing was compiled for these devices or timed on them; what a step costs "
         "however small it is, a few milliseconds, is left out, so small models will be slower",
         f"{chip.flops / 1e12:,.0f} TFLOP/s in bfloat16, {chip.memory / 1e9:,.0f} GB at "
         f"{chip.bandwidth / 1e12:.2f} TB/s, {chip.link / 1e9:,.0f} GB/s to the others "
         f"(data sheet); {MFU:.0%} of the peak reached, {USABLE:.0%} of the memory usable",
-        f"{flops:.3g} FLOP a step: 6 N + 12 L d T a token; the state is read and written once",
-        f"{sent / 1e9:,.2f} GB sent a step by each device, while it computes: "
-        + ("gradients summed once" if split == 1 else "weights gathered twice, gradients "
-           "scattered, for each micro-batch"),
+        f"{estimate.flops:.3g} FLOP a step: 6 N + 12 L d T a token; the state is read and written "
+        "once",
         f"${price:.2f} an hour and device",
-    )  # fmt: skip
+    ]
+    if n > 1:
+        kinds = ", ".join(f"{kind} {size / 1e9:,.2f}" for kind, size in found.sent.items())
+        assumptions.append(
+            f"{found.total / 1e9:,.2f} GB sent a step by each device, while it computes, all of "
+            f"them as near as neighbours: {kinds}; {found.how}"
+        )
+    if layout.remat != "none":
+        work = _RECOMPUTED[layout.remat] - 1
+        assumptions.append(
+            f"--remat {layout.remat}: activations are made again, {work:.0%} more arithmetic"
+        )
     return Plan(
         name,
         n,
         "estimated",
-        n_params,
-        row * n_part,
+        estimate.n_params,
+        layout.rows * n_part,
         n_micro,
-        mesh,
-        memory,
-        room,
+        layout.mesh,
+        layout.remat,
+        layout.memory,
+        estimate.room,
         step_s,
         run_s,
         tokens / step_s,
-        flops / step_s / (n * chip.flops),
+        estimate.flops / step_s / (n * chip.flops),
         run_s / 3600 * n * price,
-        assumptions,
+        tuple(assumptions),
     )
 
 
-def _layouts(config: TrainConfig, auto: bool) -> Iterator[TrainConfig]:
-    """The config with smaller and smaller micro-batches, of the same global batch."""
-    total = config.global_batch_size
-    if not auto:
-        yield config
-    first = total if auto else config.micro_batch_size or config.batch_size
-    for rows in sorted((d for d in range(1, first + 1) if total % d == 0), reverse=True):
-        yield dataclasses.replace(
-            config,
-            batch_size=rows,
-            gradient_accumulation_steps=total // rows,
-            micro_batch_size=None if auto else rows,
+@dataclass(frozen=True)
+class _Layout:
+    """One way to lay out a step: `rows` sequences at once on each part of the mesh."""
+
+    mesh: dict[str, int]
+    remat: Remat
+    rows: int
+    memory: dict[str, float]
+    fits: bool
+    traffic: Traffic
+    step_s: float
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    """What is known of a run on `n` chips, however it is laid out. `state` is the bytes of
+    parameters, optimizer and gradients, `flops` a step's."""
+
+    config: TrainConfig
+    chip: Accelerator
+    n: int
+    n_params: int
+    state: float
+    flops: float
+
+    @staticmethod
+    def of(config: TrainConfig, model_cfg: GPTConfig, chip: Accelerator, n: int) -> "_Estimate":
+        shapes = skeleton(config, model_cfg, jnp.float32)
+        n_params, n_frozen = count_params(shapes.model), count_params(shapes.frozen)
+        flops = (
+            config.global_batch_size
+            * config.block_size
+            * flops_per_token(
+                n_params, model_cfg.n_layer, model_cfg.n_embd, config.block_size, n_frozen
+            )
         )
+        state = _nbytes(shapes) + 4 * (n_params - n_frozen)
+        return _Estimate(config, chip, n, n_params, state, flops)
+
+    @property
+    def room(self) -> float:
+        return USABLE * self.chip.memory
+
+    def layouts(self, mesh: dict[str, int], remat: Remat, per_row: float) -> Iterator[_Layout]:
+        """The one with most sequences at once that fits; with one sequence, if none does."""
+        split = self.n // mesh.get("data", 1)
+        each = self.config.global_batch_size // (self.n // mesh.get("tensor", 1))
+        copy = 2 * self.n_params / min(split, 2)
+        fixed = self.state / split + copy
+        rows = max(
+            r
+            for r in range(1, each + 1)
+            if each % r == 0
+            and (
+                r == 1
+                or (
+                    r * self.config.block_size <= _ENOUGH_TOKENS
+                    and fixed + 1.25 * per_row * r <= self.room
+                )
+            )
+        )
+        memory = {
+            "parameters, optimizer, gradients": self.state / split,
+            "the parameters in bfloat16": copy,
+            "what the backward pass needs of the forward pass": per_row * rows,
+            "temporary": 0.25 * per_row * rows,
+        }
+        sent = self.by_formula(mesh, each // rows)
+        fits = sum(memory.values()) <= self.room
+        yield _Layout(mesh, remat, rows, memory, fits, sent, self.step_s(mesh, remat, sent))
+
+    def by_formula(self, mesh: Mapping[str, int], n_micro: int) -> Traffic:
+        """Gradients summed, or weights gathered twice and gradients scattered, by rings."""
+        n, data = self.n, mesh.get("data", 1)
+        split, sent = n // data, {}
+        if split > 1:
+            share = (split - 1) / split * self.n_params * n_micro
+            sent = {"all-gather": 4 * share, "reduce-scatter": 4 * share}
+        if data > 1:
+            sent["all-reduce"] = 8 * (data - 1) / data * self.n_params / split * n_micro
+        return Traffic(sent, "by formula, for weights gathered and gradients summed")
+
+    def step_s(self, mesh: Mapping[str, int], remat: Remat, traffic: Traffic) -> float:
+        compute_s = self.flops * _RECOMPUTED[remat] / (self.n * MFU * self.chip.flops)
+        update_s = 2 * self.state / (self.n // mesh.get("data", 1)) / self.chip.bandwidth
+        return max(compute_s, traffic.total / self.chip.link) + update_s
+
+
+def _remats(config: TrainConfig) -> list[Remat]:
+    """What may be chosen: what was asked for, or if nothing was, to keep all or as good as none."""
+    return ["none", "block"] if config.remat == "none" else [config.remat]
+
+
+def _bytes_of_a_row(config: TrainConfig, model_cfg: GPTConfig, remat: Remat) -> float:
+    model_cfg = dataclasses.replace(model_cfg, remat=remat)
+    one, two = (_saved_bytes(config, model_cfg, rows) for rows in (1, 2))
+    return two - one
+
+
+def _layouts(config: TrainConfig, auto: bool) -> Iterator[TrainConfig]:
+    """The config with smaller and smaller micro-batches, of the same global batch; and then the
+    same again with less kept for the backward pass."""
+    total = config.global_batch_size
+    first = total if auto else config.micro_batch_size or config.batch_size
+    for remat in _remats(config):
+        if not auto:
+            yield dataclasses.replace(config, remat=remat)
+        for rows in sorted((d for d in range(1, first + 1) if total % d == 0), reverse=True):
+            yield dataclasses.replace(
+                config,
+                batch_size=rows,
+                gradient_accumulation_steps=total // rows,
+                micro_batch_size=None if auto else rows,
+                remat=remat,
+            )
 
 
 def _compiled_memory(
@@ -285,7 +389,7 @@ def _compiled_memory(
         ]
     temporary = 0.0
     for function, *arguments in programs:
-        sizes = _compile(function, *arguments).memory_analysis()
+        sizes = compiled(function, *arguments).memory_analysis()
         more = sizes.output_size_in_bytes - sizes.alias_size_in_bytes + sizes.temp_size_in_bytes
         temporary = max(temporary, float(more))
     memory = {
@@ -297,7 +401,7 @@ def _compiled_memory(
     return memory
 
 
-def _compile(function: Any, *arguments: PyTree) -> Any:
+def compiled(function: Any, *arguments: PyTree) -> Any:
     """A function that `eqx.filter_jit` made, for shapes; all but its first argument is donated."""
 
     def is_shape(leaf: Any) -> bool:
@@ -317,27 +421,42 @@ def _timed_step(
     config: TrainConfig, model_cfg: GPTConfig, execution: Execution, say: _SAY
 ) -> tuple[float, str]:
     """Seconds of a step, and how they were found."""
-    period = _period(model_cfg)
-    few = [period, period * max(1, _TIMED_LAYERS // period)]
-    if model_cfg.n_layer <= few[-1]:
-        few = [model_cfg.n_layer]
-    found = []
-    for n_layer in few:
-        say(f"timing steps of {n_layer} of its {model_cfg.n_layer} layers")
-        layers = model_cfg.layers[:n_layer]
-        smaller = dataclasses.replace(model_cfg, n_layer=n_layer, layers=layers)
-        found.append(_seconds(config, smaller, execution))
+    few = _timed_layers(config, model_cfg)
+    layers = " and ".join(map(str, few))
+    say(f"timing steps of {layers} of its {model_cfg.n_layer} layers")
+    found = _in_turn([_step_of(config, _shorter(model_cfg, n), execution) for n in few])
     if len(few) == 1:
         return found[0], "time: steps of this very model, timed here now"
-    of_a_layer = max(0.0, (found[1] - found[0]) / (few[1] - few[0]))
+    of_a_layer = (found[1] - found[0]) / (few[1] - few[0])
+    if of_a_layer <= 0:  # other work on this machine hides it
+        of_a_layer = found[1] / (few[1] + 1)
     step_s = found[0] + of_a_layer * (model_cfg.n_layer - few[0])
     return step_s, (
-        f"time: steps with {few[0]} and with {few[1]} of the {model_cfg.n_layer} layers, timed "
-        f"here now ({found[0]:.3g} s, {found[1]:.3g} s); each further one takes as long"
+        f"time: steps with {few[0]} and with {few[1]} of the {model_cfg.n_layer} layers, timed in "
+        f"turn here now ({found[0]:.3g} s, {found[1]:.3g} s); each further one takes as long"
     )
 
 
-def _period(model_cfg: GPTConfig) -> int:
+def _timed_layers(config: TrainConfig, model_cfg: GPTConfig) -> list[int]:
+    """Of which models steps are timed: of a few layers, and of more, as far as they take no more
+    than a quarter of the memory; of all, if they are not more."""
+    period, room = period_of(model_cfg), _memory_here() or math.inf
+    counts = [min(model_cfg.n_layer, period * max(2, most // period)) for most in _TIMED_LAYERS]
+    more = next((n for n in counts if _state_size(config, model_cfg, n) < room / 4), counts[-1])
+    return [more] if more == model_cfg.n_layer else [period, more]
+
+
+def _state_size(config: TrainConfig, model_cfg: GPTConfig, n_layer: int) -> float:
+    return _nbytes(skeleton(config, _shorter(model_cfg, n_layer), jnp.float32))
+
+
+def _shorter(model_cfg: GPTConfig, n_layer: int) -> GPTConfig:
+    unroll = n_layer if jax.default_backend() == "cpu" else 1
+    layers = model_cfg.layers[:n_layer]
+    return dataclasses.replace(model_cfg, n_layer=n_layer, layers=layers, unroll=unroll)
+
+
+def period_of(model_cfg: GPTConfig) -> int:
     """After how many layers their kinds repeat."""
     layers = model_cfg.layers
     return next(
@@ -345,43 +464,45 @@ def _period(model_cfg: GPTConfig) -> int:
     )
 
 
-def _seconds(config: TrainConfig, model_cfg: GPTConfig, execution: Execution) -> float:
-    """Of a step: the median of some, or one micro-batch's times their number and an update's."""
-    unroll = model_cfg.n_layer if jax.default_backend() == "cpu" else 1
-    model_cfg = dataclasses.replace(model_cfg, unroll=unroll)
+def _step_of(
+    config: TrainConfig, model_cfg: GPTConfig, execution: Execution
+) -> Callable[[], float]:
+    """Each call takes a step, of arrays that it holds, and says how many seconds: the whole step,
+    or as long as its micro-batches and its update take, of which one each was run."""
     fixed = recipe(config, execution.dtype, jax.random.key(0))
     state = new_state(config, model_cfg, jax.random.key(0), None)
     state = computing(state, execution.dtype)
     shape = (execution.n_micro, execution.micro_batch_size, config.block_size + 1)
     windows = jax.random.randint(jax.random.key(1), shape, 0, model_cfg.real_vocab_size)
-    if execution.accumulate == "device":
 
-        def step(state: TrainState) -> tuple[TrainState, Any]:
-            return train_step((fixed, windows), state)
-
-        return _median_seconds(step, state)[0]
-    micro = windows[0]
-
-    def add(gradients: Gradients) -> tuple[Gradients, None]:
-        return add_gradients((fixed, micro, state), gradients), None
-
-    def apply(state: TrainState) -> tuple[TrainState, Any]:
-        return apply_gradients(fixed, Gradients.zero(state.params), state)
-
-    of_micro, _ = _median_seconds(add, Gradients.zero(state.params))
-    of_update, _ = _median_seconds(apply, state)
-    return execution.n_micro * of_micro + of_update
-
-
-def _median_seconds(step: Callable[[Any], tuple[Any, Any]], state: Any) -> tuple[float, Any]:
-    """Of calls that each take what the one before gave; for a second and a half at most."""
-    state, _ = jax.block_until_ready(step(state))
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < 1.5 and len(times) < 50):
+    def whole() -> float:
+        nonlocal state
         start = time.perf_counter()
-        state, _ = jax.block_until_ready(step(state))
-        times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2], state
+        state, _ = jax.block_until_ready(train_step((fixed, windows), state))
+        return time.perf_counter() - start
+
+    def in_parts() -> float:
+        nonlocal state
+        gradients = jax.block_until_ready(Gradients.zero(state.params))
+        start = time.perf_counter()
+        gradients = jax.block_until_ready(add_gradients((fixed, windows[0], state), gradients))
+        middle = time.perf_counter()
+        state, _ = jax.block_until_ready(apply_gradients(fixed, gradients, state))
+        return execution.n_micro * (middle - start) + time.perf_counter() - middle
+
+    return whole if execution.accumulate == "device" else in_parts
+
+
+def _in_turn(steps: list[Callable[[], float]]) -> list[float]:
+    """Medians, after two calls of each to warm up: of three rounds, or as many as go into three
+    seconds if these are more."""
+    for step in steps:
+        step()
+        step()
+    rounds: list[list[float]] = []
+    while len(rounds) < 3 or (sum(map(sum, rounds)) < 3.0 and len(rounds) < 50):
+        rounds.append([step() for step in steps])
+    return [sorted(times)[len(times) // 2] for times in zip(*rounds, strict=True)]
 
 
 def _saved_bytes(config: TrainConfig, model_cfg: GPTConfig, rows: int) -> float:

@@ -10,23 +10,24 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from train.diagnosis import case_of
 from train.files import write_atomically
 from train.history import History, read_history
 from train.progress import duration
+from train.reference import band
 from train.summary import MEANING
 from train.svg import Band, Line, Points, chart, short
+from train.watch import verdict_of
 
 # Phases by the colours of the bar; what comes to nothing beside training is grey.
 _COLOURS = {"step": "c0", "evaluation": "c2", "checkpoint": "c1", "data": "c5", "start": "c4",
             "log": "c3", "other": "soft"}  # fmt: skip
 
 
-def write_report(
-    directories: Sequence[Path], target: Path, band: Band | None = None
-) -> list[History]:
+def write_report(directories: Sequence[Path], target: Path) -> list[History]:
     """Write the page of these runs; their histories. RunError for a directory without a run."""
     histories = [read_history(directory) for directory in directories]
-    write_atomically(target, report_html(histories, band).encode())
+    write_atomically(target, report_html(histories).encode())
     return histories
 
 
@@ -41,8 +42,8 @@ def try_report(run: Path) -> list[str]:
     return []
 
 
-def report_html(histories: Sequence[History], band: Band | None = None) -> str:
-    """The page. `band`: where the validation loss is expected."""
+def report_html(histories: Sequence[History]) -> str:
+    """The page; with the band of the reference, where the runs have one in common."""
     names = ", ".join(history.name for history in histories)
     one = len(histories) == 1
     style = (resources.files("train") / "report.css").read_text(encoding="utf-8")
@@ -50,7 +51,8 @@ def report_html(histories: Sequence[History], band: Band | None = None) -> str:
         f"<h1>{escape(names)}</h1>",
         f'<p class="sub">{escape("; ".join(map(state, histories)))}</p>',
         _cards(histories[0]) if one else _comparison(histories),
-        f'<h2>Curves</h2><div class="charts">{_charts(histories, band)}</div>',
+        f"<h2>Is it normal?</h2>{''.join(_verdict(history, one) for history in histories)}",
+        f'<h2>Curves</h2><div class="charts">{_charts(histories, _band(histories))}</div>',
         f"<h2>Time</h2>{''.join(_phases(history, one) for history in histories)}",
         *(_samples(history, one) for history in histories if history.samples),
         f"<h2>Configuration</h2>{_settings(histories)}",
@@ -103,6 +105,26 @@ def _cards(history: History) -> str:
         for name, value in key_figures(history).items()
     )
     return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def _verdict(history: History, one: bool) -> str:
+    name = "" if one else f"<h3>{escape(history.name)}</h3>"
+    found = verdict_of(history)
+    told = "".join(f"<li>{escape(str(finding))}</li>" for finding in found.findings)
+    text = f"<p><b>{escape(found.label)}</b>: {escape(found.text)}</p>"
+    return f"{name}{text}" + (f"<ul>{told}</ul>" if told else "")
+
+
+def _band(histories: Sequence[History]) -> Band | None:
+    """Where the validation losses are expected."""
+    cases = [case_of(history.run) for history in histories]
+    first = next((case.reference for case in cases), None)
+    if first is None or {case.reference and case.reference.preset for case in cases} != {
+        first.preset
+    }:
+        return None
+    label = f"val, {first.n_seed} runs of {first.preset}"
+    return Band(label, band(first, min(case.eval_tokens for case in cases)))
 
 
 def _comparison(histories: Sequence[History]) -> str:

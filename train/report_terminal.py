@@ -10,6 +10,7 @@ from rich.text import Text
 from train.history import History
 from train.report import key_figures, state
 from train.svg import Number, short
+from train.watch import verdict_of
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _CURVES = (
@@ -29,7 +30,8 @@ def report_terminal(histories: Sequence[History], width: int = 60) -> Renderable
         figures = Table.grid(padding=(0, 2))
         for name, value in key_figures(history).items():
             figures.add_row(Text(name, style="dim"), Text(value))
-        parts += [figures, _curves(history, width), _phases(history)]
+        parts += [figures, Text("\n".join(verdict_of(history).lines()))]
+        parts += [_curves(history, width), _phases(history)]
         if history.samples:
             sample = history.samples[-1]
             parts.append(Text(f"a sample after step {sample['iter']:,}:", style="dim"))

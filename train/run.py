@@ -1,7 +1,8 @@
 """A run directory explains itself: what is in it, when a run may start there or go on there.
 
 run.json              the resolved config, the model, its adapters, the data's manifest, hashes of
-                      these, and the processes that trained it (see provenance.py)
+                      these, the preset that was named, what the data's tokens say of it (see
+                      token_statistics.py), the processes that trained it (see provenance.py)
 tokenizer_spec.json   the tokenizer, whole
 metrics.jsonl         one object a logged step and one an evaluation
 checkpoints/, best/   see checkpoint.py; so base/
@@ -21,6 +22,7 @@ from eqx_gpt.record import FORMAT_VERSION, conflict, digests
 from train.config import TrainConfig, with_fields
 from train.files import write_atomically
 from train.manifest import Manifest
+from train.token_statistics import token_statistics
 
 # A run that goes on with another value of these would not be the same run.
 _FIXED = (
@@ -83,14 +85,18 @@ def check_startable(directory: str | Path) -> None:
         )
 
 
-def write_run(config: TrainConfig, model: GPTConfig, data: Manifest) -> None:
-    """Write run.json and the tokenizer. RunError if the directory cannot be written."""
+def write_run(
+    config: TrainConfig, model: GPTConfig, data: Manifest, preset: str | None = None
+) -> None:
+    """Write run.json and the tokenizer. RunError if the directory cannot be written.
+
+    `preset` is the name of the recipe that the settings are made from; a run that goes on keeps
+    its own.
+    """
     directory = Path(config.out_dir)
-    before = (
-        read_run(directory).get("processes", [])
-        if has_checkpoint(directory) and has_run(directory)
-        else []
-    )
+    before: Mapping[str, Any] = {}
+    if has_checkpoint(directory) and has_run(directory):
+        before = read_run(directory)
     content = {
         "format_version": FORMAT_VERSION,
         "config": dataclasses.asdict(config),
@@ -98,7 +104,13 @@ def write_run(config: TrainConfig, model: GPTConfig, data: Manifest) -> None:
         "lora": None if config.lora is None else dataclasses.asdict(config.lora),
         "data": data.to_dict(),
     }
-    content |= {"sha256": digests(content), "processes": before}
+    content |= {
+        "sha256": digests(content),
+        "preset": before.get("preset", preset),
+        "statistics": before.get("statistics")
+        or token_statistics(data.tokens("train"), data.tokens("val")).to_dict(),
+        "processes": before.get("processes", []),
+    }
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _write(directory / "tokenizer_spec.json", data.tokenizer_spec)

@@ -3,6 +3,7 @@
 import math
 
 from train.config import TrainConfig
+from train.finding import Finding
 
 # Table 2.1 of the GPT-3 paper (arXiv:2005.14165): parameters, learning rate, tokens a step.
 _GPT3 = (
@@ -13,8 +14,8 @@ _GPT3 = (
 
 def traps(
     config: TrainConfig, recipe: TrainConfig, n_params: int, train_tokens: int | None
-) -> list[str]:
-    """One sentence for each thing that is likely wrong, with the numbers and what to do.
+) -> list[Finding]:
+    """What is likely wrong, each with the numbers and what to do.
 
     **Arguments:**
 
@@ -26,16 +27,20 @@ def traps(
     tokens = config.global_batch_size * config.block_size
     if config.init_from == "scratch":
         found += _against_gpt3(config, n_params, tokens)
-    if train_tokens is not None and (epochs := tokens * config.max_iters / train_tokens) > 8:
+    often = 100 if config.dropout else 8  # nanoGPT's shakespeare_char: 82 times, with dropout 0.2
+    if train_tokens is not None and (epochs := tokens * config.max_iters / train_tokens) > often:
         cure = "" if config.dropout else "; without dropout it will learn them by heart"
         found.append(
-            f"the run reads its {train_tokens:,} training tokens {epochs:,.0f} times{cure}: watch "
-            "the validation loss, and keep the best with --always_save_checkpoint False"
+            Finding(
+                "train_tokens",
+                f"the run reads its {train_tokens:,} training tokens {epochs:,.0f} times{cure}: "
+                "watch the validation loss, and keep the best with --always_save_checkpoint False",
+            )
         )
     return found
 
 
-def _against_recipe(config: TrainConfig, recipe: TrainConfig) -> list[str]:
+def _against_recipe(config: TrainConfig, recipe: TrainConfig) -> list[Finding]:
     ours, theirs = (c.global_batch_size * c.block_size for c in (config, recipe))
     found = []
     ratio = ours / theirs
@@ -45,23 +50,29 @@ def _against_recipe(config: TrainConfig, recipe: TrainConfig) -> list[str]:
         if config.learning_rate == recipe.learning_rate:
             effect = "its learning rate was meant for that"
         found.append(
-            f"a step has {ours:,} tokens, the recipe's {theirs:,}: {effect}. Keep batch_size * "
-            f"gradient_accumulation_steps * block_size at {theirs:,} (smaller micro-batches change "
-            f"only memory and speed), or begin with --learning_rate {scaled:.1e}, the square-root "
-            "rule"
+            Finding(
+                "tokens_per_step",
+                f"a step has {ours:,} tokens, the recipe's {theirs:,}: {effect}. Keep batch_size * "
+                f"gradient_accumulation_steps * block_size at {theirs:,} (smaller micro-batches "
+                f"change only memory and speed), or begin with --learning_rate {scaled:.1e}, the "
+                "square-root rule",
+            )
         )
     elif (
         recipe.learning_rate
         and not 1 / 3 <= (factor := config.learning_rate / recipe.learning_rate) <= 3
     ):
         found.append(
-            f"learning_rate={config.learning_rate:g} is {factor:g} times the recipe's "
-            f"{recipe.learning_rate:g} at the same batch"
+            Finding(
+                "learning_rate",
+                f"learning_rate={config.learning_rate:g} is {factor:g} times the recipe's "
+                f"{recipe.learning_rate:g} at the same batch",
+            )
         )
     return found
 
 
-def _schedule(config: TrainConfig) -> list[str]:
+def _schedule(config: TrainConfig) -> list[Finding]:
     found = []
     if config.decay_lr and not 0.8 <= config.lr_decay_iters / config.max_iters <= 1.25:
         effect = (
@@ -70,29 +81,41 @@ def _schedule(config: TrainConfig) -> list[str]:
             else "so the rest runs at min_lr"
         )
         found.append(
-            f"lr_decay_iters={config.lr_decay_iters} is not max_iters={config.max_iters}, "
-            f"{effect}; give --lr_decay_iters {config.max_iters}"
+            Finding(
+                "lr_decay_iters",
+                f"lr_decay_iters={config.lr_decay_iters} is not max_iters={config.max_iters}, "
+                f"{effect}; give --lr_decay_iters {config.max_iters}",
+            )
         )
     if config.decay_lr and config.min_lr > config.learning_rate:
         found.append(
-            f"min_lr={config.min_lr:g} is above learning_rate={config.learning_rate:g}: the rate "
-            f"rises to the end; give --min_lr {config.learning_rate / 10:g}"
+            Finding(
+                "min_lr",
+                f"min_lr={config.min_lr:g} is above learning_rate={config.learning_rate:g}: the "
+                f"rate rises to the end; give --min_lr {config.learning_rate / 10:g}",
+            )
         )
     if config.decay_lr and config.warmup_iters == 0 and config.init_from == "scratch":
-        found.append("there is no warm-up; give --warmup_iters, 1 % of the run or 100")
+        text = "there is no warm-up; give --warmup_iters, 1 % of the run or 100"
+        found.append(Finding("warmup_iters", text))
     if config.weight_decay > 0.5:
-        found.append(f"weight_decay={config.weight_decay:g} is far above the usual 0.1")
+        text = f"weight_decay={config.weight_decay:g} is far above the usual 0.1"
+        found.append(Finding("weight_decay", text))
     if config.grad_clip == 0:
-        found.append("the gradient is not clipped: one bad batch may ruin the run; --grad_clip 1")
+        text = "the gradient is not clipped: one bad batch may ruin the run; --grad_clip 1"
+        found.append(Finding("grad_clip", text))
     if config.eval_interval > config.max_iters:
         found.append(
-            f"eval_interval={config.eval_interval} exceeds max_iters={config.max_iters}: the one "
-            "evaluation is at the end"
+            Finding(
+                "eval_interval",
+                f"eval_interval={config.eval_interval} exceeds max_iters={config.max_iters}: the "
+                "one evaluation is at the end",
+            )
         )
     return found
 
 
-def _against_gpt3(config: TrainConfig, n_params: int, tokens: int) -> list[str]:
+def _against_gpt3(config: TrainConfig, n_params: int, tokens: int) -> list[Finding]:
     """A rate that is too high for a model of its size at its batch; of large ones, for small
     models bear much more."""
     if n_params < _GPT3[0][0] / 2:
@@ -102,7 +125,10 @@ def _against_gpt3(config: TrainConfig, n_params: int, tokens: int) -> list[str]:
     if config.learning_rate <= 4 * bearable:
         return []
     return [
-        f"learning_rate={config.learning_rate:g} is {config.learning_rate / bearable:.0f} times "
-        f"what GPT-3's {size / 1e6:,.0f}M model took, scaled to {tokens:,} tokens a step by the "
-        f"square-root rule ({bearable:.1e})"
+        Finding(
+            "learning_rate",
+            f"learning_rate={config.learning_rate:g} is {config.learning_rate / bearable:.0f} "
+            f"times what GPT-3's {size / 1e6:,.0f}M model took, scaled to {tokens:,} tokens a step "
+            f"by the square-root rule ({bearable:.1e})",
+        )
     ]

@@ -1,38 +1,45 @@
 """Plans against runs: python scripts/benchmarks/plans.py.
 
-For each shape, in turn: what scripts/plan.py says of this machine, and what a run of a few steps of
-scripts/train.py then takes: its peak of resident memory before the first save, and the median time
-of its steps after the first two. One line of JSON goes to stdout.
+For each shape (all, or those named), in turn: what scripts/plan.py says of this machine, and what a
+run of a few steps of scripts/train.py then takes: its peak of resident memory before the first
+save, and the median time of its steps after the first two. Both compile, for programs that are kept
+take less memory. One line of JSON goes to stdout.
 """
 
 import itertools
 import json
+import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-STEPS = 8
+STEPS, SECONDS = 8, 4.0
+"""Of a run, the more of the two."""
+ENVIRONMENT = {**os.environ, "EQX_GPT_COMPILATION_CACHE": "off"}
 SHAPES = {
-    "1M": "--preset shakespeare-char-cpu",
-    "11M": "--preset shakespeare-char --batch_size 32",
-    "30M": "--n_layer 6 --n_head 6 --n_embd 384 --block_size 512 --batch_size 8",
-    "124M": "--preset gpt2-small --batch_size 2",
-    "162M": "--preset gpt2-small --batch_size 1 --n_layer 18 --block_size 512",
-    "355M": "--preset gpt2-medium --batch_size 1 --block_size 512",
+    "1M": "--preset shakespeare-char-cpu --dataset chars",
+    "11M": "--preset shakespeare-char --dataset chars --batch_size 32",
+    "30M": "--dataset bpe --n_layer 6 --n_head 6 --n_embd 384 --block_size 512 --batch_size 8",
+    "124M": "--dataset bpe --preset gpt2-small --batch_size 2",
+    "162M": "--dataset bpe --preset gpt2-small --batch_size 1 --n_layer 18 --block_size 512",
+    "355M": "--dataset bpe --preset gpt2-medium --batch_size 1 --block_size 512",
 }
-COMMON = "--dataset stdlib --gradient_accumulation_steps 1 --warmup_iters 2 --eval_interval 1000 "
+"""Of characters, and of GPT-2's tokens."""
+COMMON = "--gradient_accumulation_steps 1 --warmup_iters 2 --eval_interval 1000"
 
 
 def main() -> int:
     wanted = sys.argv[1:] or list(SHAPES)
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, "scripts/prepare.py", "stdlib"], cwd=ROOT, check=True)
+        prepared(folder)
         for name in wanted:
-            flags = f"{SHAPES[name]} {COMMON}".split()
+            flags = f"{SHAPES[name]} {COMMON} --data_dir {folder}".split()
             plan = planned(flags)
             memory, step_s = measured([*flags, "--out_dir", f"{folder}/{name}"])
             result = {
@@ -49,9 +56,23 @@ def main() -> int:
     return 0
 
 
+def prepared(folder: str) -> None:
+    """This project's own text, in the tokens of both kinds."""
+    for name, tokenizer in (("chars", "char"), ("bpe", "gpt2")):
+        subprocess.run(
+            [
+                sys.executable, "scripts/prepare.py", "text", "--files", "eqx_gpt", "train",
+                "weights", "--name", name, "--tokenizer", tokenizer, "--data_dir", folder,
+            ],
+            cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+
 def planned(flags: list[str]) -> dict[str, float]:
     command = [sys.executable, "scripts/plan.py", *flags]
-    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, check=True, stdout=subprocess.PIPE, text=True
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -62,14 +83,20 @@ def measured(flags: list[str]) -> tuple[float, float]:
         "scripts/train.py",
         *flags,
         "--max_iters",
-        "100",
+        "1000",
         "--log_interval",
         "1",
     ]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stderr is not None
+        begun = 0.0
         for line in process.stderr:
-            if line.startswith(f"iter {STEPS}/") and "micro" not in line:
+            found = re.match(r"iter (\d+)/\d+ loss", line)
+            if found is not None and int(found[1]) == 2:
+                begun = time.monotonic()
+            if found and int(found[1]) >= STEPS and time.monotonic() - begun > SECONDS:
                 break
         else:
             raise SystemExit(f"the run ended early: {' '.join(command)}")

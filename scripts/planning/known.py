@@ -47,7 +47,11 @@ def with_chosen_batch(config: TrainConfig) -> TrainConfig:
     n_token, _, pretrained = size_of(config)
     model_cfg = planned_model(config, n_token, pretrained)
     say = partial(print, file=sys.stderr)
-    rows = choose_layout(config, model_cfg, auto=True, say=say)[0].micro_batch_size
+    layout, execution, *_ = choose_layout(config, model_cfg, auto=True, say=say)
+    rows, remat = execution.micro_batch_size, layout.remat
     steps = config.global_batch_size // rows
-    say(f"batch_size auto: {rows}, in {steps} micro-batches a step, {rows * steps} as before")
-    return dataclasses.replace(config, batch_size=rows, gradient_accumulation_steps=steps)
+    more = "" if remat == config.remat else f", with remat={remat}"
+    say(f"batch_size auto: {rows}, in {steps} micro-batches a step, {rows * steps} as before{more}")
+    return dataclasses.replace(
+        config, batch_size=rows, gradient_accumulation_steps=steps, remat=remat
+    )
