@@ -74,19 +74,18 @@ def test_a_model_too_large_for_one_device_is_split() -> None:
     assert not plan_for("rtx4090", config, model_config(config, 50257)).fits
 
 
-def test_the_layout_is_chosen_at_a_fixed_global_batch() -> None:
+def test_the_layout_is_chosen_at_a_fixed_global_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Activations are made again only where they do not fit, for that takes arithmetic."""
-    config = dataclasses.replace(PRESETS["gpt2-small"], block_size=65536)
-    model_cfg = model_config(config, 50257)
-    roomy, tight = plan_for("h100", config, model_cfg), plan_for("l4", config, model_cfg)
-    assert roomy.remat == "none"
-    assert roomy.fits
-    assert tight.remat == "block"
-    assert tight.fits
-    asked = plan_for("h100", dataclasses.replace(config, remat="dots"), model_cfg)
-    assert asked.remat == "dots"
+    sizes = {"none": 25e9, "block": 2e9, "dots": 3e9}
+    monkeypatch.setattr("train.plan._bytes_of_a_row", lambda config, model_cfg, remat: sizes[remat])
+    model_cfg = model_config(SMALL, 65)
+    roomy, tight = plan_for("h100", SMALL, model_cfg), plan_for("l4", SMALL, model_cfg)
+    asked = plan_for("h100", dataclasses.replace(SMALL, remat="dots"), model_cfg)
+    assert (roomy.remat, tight.remat, asked.remat) == ("none", "block", "dots")
+    assert (roomy.micro_batch_size, tight.micro_batch_size) == (2, 6)
     for plan in (roomy, tight, asked):
-        assert plan.n_micro * plan.micro_batch_size == config.global_batch_size
+        assert plan.fits
+        assert plan.n_micro * plan.micro_batch_size == SMALL.global_batch_size
 
 
 def test_here_less_is_kept_where_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,7 +174,8 @@ def plan_for(
 ) -> Plan:
     """For accelerators that are not here, such as `h100:8`.
 
-    Mesh, micro-batches and remat are those with the shortest step that fit. `traffic` counts what
+    Mesh and micro-batches are those with the shortest step that fit, and remat only where nothing
+    fits without. `traffic` counts what
     the chosen layout sends (see `compiled_traffic`); None is a formula.
 
     **Raises:** ValueError for an unknown device, or for more than a step has sequences.
@@ -191,13 +192,12 @@ def plan_for(
             "that does, or another batch_size * gradient_accumulation_steps"
         )
     estimate = _Estimate.of(config, model_cfg, chip, n)
-    layouts = [
-        layout
-        for remat in _remats(config)
-        for per_row in [_bytes_of_a_row(config, model_cfg, remat) / (n // n_part)]
-        for mesh in meshes
-        for layout in estimate.layouts(mesh, remat, per_row)
-    ]
+    layouts: list[_Layout] = []
+    for remat in _remats(config):  # the first costs the least arithmetic
+        per_row = _bytes_of_a_row(config, model_cfg, remat) / (n // n_part)
+        layouts = [estimate.layout(mesh, remat, per_row) for mesh in meshes]
+        if any(layout.fits for layout in layouts):
+            break
     layout = min(layouts, key=lambda layout: (not layout.fits, layout.step_s))
     n_micro = n_sequences // (n_part * layout.rows)
     found = layout.traffic
@@ -295,7 +295,7 @@ class _Estimate:
     def room(self) -> float:
         return USABLE * self.chip.memory
 
-    def layouts(self, mesh: dict[str, int], remat: Remat, per_row: float) -> Iterator[_Layout]:
+    def layout(self, mesh: dict[str, int], remat: Remat, per_row: float) -> _Layout:
         """The one with most sequences at once that fits; with one sequence, if none does."""
         split = self.n // mesh.get("data", 1)
         each = self.config.global_batch_size // (self.n // mesh.get("tensor", 1))
@@ -321,7 +321,7 @@ class _Estimate:
         }
         sent = self.by_formula(mesh, each // rows)
         fits = sum(memory.values()) <= self.room
-        yield _Layout(mesh, remat, rows, memory, fits, sent, self.step_s(mesh, remat, sent))
+        return _Layout(mesh, remat, rows, memory, fits, sent, self.step_s(mesh, remat, sent))
 
     def by_formula(self, mesh: Mapping[str, int], n_micro: int) -> Traffic:
         """Gradients summed, or weights gathered twice and gradients scattered, by rings."""
