@@ -269,6 +269,7 @@ class GPTConfig:
       each with its norm (GPT-NeoX). `parallel_shared_norm`: with one norm (GPT-J).
     - `layers`: the kinds of layers, repeated in this order: layer i is `layers[i % len(layers)]`.
     - `dropout`: probability, of embeddings, attention weights and both residual branches.
+    - `attention_dropout`: that of attention weights alone; None is `dropout`.
     - `unroll`: blocks per iteration of the scan over layers; 1 compiles fastest.
     - `remat`: what the backward pass computes again instead of finding it kept: nothing, all of
       a block but its input (`block`), or all but the results of its linear maps (`dots`).
@@ -280,6 +281,7 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
+    attention_dropout: float | None = None
     n_token: int | None = None
     head: Literal["tied", "untied"] = "tied"
     head_bias: bool = False
@@ -311,8 +313,10 @@ class GPTConfig:
         _check_choice(self, "residual", RESIDUALS)
         _check_choice(self, "remat", ("none", "block", "dots"))
         _check_positive(self, "logit_softcap")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"GPTConfig: dropout must be in [0, 1), got {self.dropout}")
+        for name in ("dropout", "attention_dropout"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 <= rate < 1:
+                raise ValueError(f"GPTConfig: {name} must be in [0, 1), got {rate}")
         if self.head == "tied" and self.head_bias:
             raise ValueError("GPTConfig: head_bias needs head='untied'")
         if self.n_head % self.n_kv_head:
@@ -354,6 +358,11 @@ class GPTConfig:
     def real_vocab_size(self) -> int:
         """Tokens that can occur: `vocab_size` less the padding rows."""
         return self.vocab_size if self.n_token is None else self.n_token
+
+    @property
+    def weights_dropout(self) -> float:
+        """Of attention weights."""
+        return self.dropout if self.attention_dropout is None else self.attention_dropout
 
     def layer_position(self, layer: int) -> PositionConfig:
         """How positions enter the layer."""

@@ -97,6 +97,7 @@ LLAMA3 = Llama3Scaling(8.0, 1.0, 4.0, 32)
         (GPTConfig, {"head": "shared"}, "head must be one of 'tied', 'untied', got 'shared'"),
         (GPTConfig, {"remat": "all"}, "remat must be one of 'none', 'block', 'dots', got 'all'"),
         (GPTConfig, {"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        (GPTConfig, {"attention_dropout": 1.0}, r"attention_dropout must be in \[0, 1\), got 1.0"),
         (GPTConfig, {"dropout": -0.1}, r"dropout must be in \[0, 1\), got -0.1"),
         (GPTConfig, {"dropout": float("nan")}, r"dropout must be in \[0, 1\), got nan"),
     ],

@@ -111,9 +111,11 @@ def test_the_header_names_the_attention_or_says_why_not():
     here = {"gpu": "attention", "tpu": "attention", "cpu": "bfloat16 products"}
     assert here[jax.default_backend()] in describe_arithmetic(execution, CONFIG, 128)
     dropout = replace(CONFIG, dropout=0.2)
+    elsewhere = replace(dropout, attention_dropout=0.0)
     with fused.lowering_for("tpu"):
         fast = describe_arithmetic(execution, CONFIG, 128)
         slow = describe_arithmetic(execution, dropout, 128)
+        assert describe_arithmetic(execution, elsewhere, 128) == fast
     assert fast == "bfloat16 products, attention by splash attention"
     assert slow.endswith("plain attention because of splash attention: it has no dropout")
 

@@ -273,6 +273,19 @@ def test_dropout_of_attention_weights(block: Block) -> None:
     assert (np.std(mixed, axis=0) > 0).all()
 
 
+@pytest.mark.parametrize(("rate", "of_weights"), [(RATE, 0.0), (0.0, RATE), (RATE, None)])
+def test_attention_weights_can_have_a_dropout_of_their_own(
+    block: Block, rate: float, of_weights: float | None
+) -> None:
+    config = dataclasses.replace(block.config, dropout=rate, attention_dropout=of_weights)
+    attention = dataclasses.replace(block.attention, config=config)
+    x = jax.random.normal(jax.random.key(0), (5, 21), jnp.float32)
+    drops = bool((attention(x, key=jax.random.key(1))[0] != attention(x)[0]).any())
+    assert drops == (of_weights != 0)
+    whole = dataclasses.replace(block, config=config, attention=attention)
+    assert (whole(x, key=jax.random.key(1))[0] != whole(x)[0]).any()
+
+
 def test_dropout_of_the_embedding() -> None:
     model = lively(dataclasses.replace(ARCHITECTURES["llama"], dropout=RATE))
     model = eqx.tree_at(

@@ -67,6 +67,9 @@ class TrainConfig:
     """Width of the residual stream."""
     dropout: float = 0.0
     """Probability; 0 for pretraining, 0.1 and more for finetuning or small data."""
+    attention_dropout: float | None = None
+    """That of attention weights alone. 0 is for fused attention and attention in blocks, which have
+    none. None: as dropout."""
     bias: bool = False
     """Biases in linear maps and layer norms, as in GPT-2; without is a little faster."""
     vocab_size: int | None = None
@@ -229,9 +232,11 @@ class TrainConfig:
                 raise ValueError(f"{name} must be above 0, got {value}")
         if not 0 < self.wsd_decay <= 1:
             raise ValueError(f"wsd_decay must be in (0, 1], got {self.wsd_decay}")
-        for name in ("beta1", "beta2", "dropout", "muon_beta", "label_smoothing", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        for name in ("beta1", "beta2", "dropout", "attention_dropout", "muon_beta",
+                     "label_smoothing", "ema_decay"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {value}")
         first, colon, stop = (self.profile or "0:1").partition(":")
         if not (colon and first.isdecimal() and stop.isdecimal() and int(first) < int(stop)):
             raise ValueError(
@@ -358,6 +363,7 @@ def model_config(config: TrainConfig, n_token: int) -> GPTConfig:
         n_head=config.n_head,
         n_embd=config.n_embd,
         dropout=config.dropout,
+        attention_dropout=config.attention_dropout,
         head=config.head,
         logit_softcap=config.logit_softcap,
         norm=NormConfig(config.norm, bias=config.bias and config.norm == "layernorm"),

@@ -103,14 +103,14 @@ def describe_arithmetic(
     products = f"{jnp.dtype(execution.dtype).name} products"
     platform = fused.platform()
     if platform is None:
-        if model.dropout:
+        if model.weights_dropout:
             return f"{products}, plain attention because attention in blocks has no dropout"
         return f"{products}, attention in blocks"
     name = {"cuda": "cuDNN", "tpu": "splash attention"}[platform]
     why = {
         fused.refusal(
             platform, dtype=execution.dtype, head_dim=model.head_dim, seq=seq, window=kind.window,
-            softcap=model.attention.softcap, dropout=model.dropout, packed=packed,
+            softcap=model.attention.softcap, dropout=model.weights_dropout, packed=packed,
         )
         for kind in model.layers
     } - {None}  # fmt: skip

@@ -27,10 +27,10 @@ from train.token_statistics import token_statistics
 # A run that goes on with another value of these would not be the same run.
 _FIXED = (
     "seed", "dataset", "batch_size", "gradient_accumulation_steps", "block_size", "n_layer",
-    "n_head", "n_embd", "dropout", "bias", "vocab_size", "precision", "init_from", "lora_rank",
-    "lora_alpha", "lora_targets", "freeze", "position", "rope_theta", "norm", "activation", "mlp",
-    "n_inner", "n_kv_head", "qk_norm", "head", "logit_softcap", "zero_init", "optimizer",
-    "moment_dtype", "z_loss", "label_smoothing", "ema_decay",
+    "n_head", "n_embd", "dropout", "attention_dropout", "bias", "vocab_size", "precision",
+    "init_from", "lora_rank", "lora_alpha", "lora_targets", "freeze", "position", "rope_theta",
+    "norm", "activation", "mlp", "n_inner", "n_kv_head", "qk_norm", "head", "logit_softcap",
+    "zero_init", "optimizer", "moment_dtype", "z_loss", "label_smoothing", "ema_decay",
 )  # fmt: skip
 
 

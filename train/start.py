@@ -53,8 +53,9 @@ def as_trained(config: TrainConfig, pretrained: GPTConfig) -> GPTConfig:
     crops = pretrained.position.kind == "learned"
     block_size = config.block_size if crops else pretrained.block_size
     return dataclasses.replace(
-        pretrained, dropout=config.dropout, block_size=block_size, remat=config.remat
-    )
+        pretrained, dropout=config.dropout, attention_dropout=config.attention_dropout,
+        block_size=block_size, remat=config.remat,
+    )  # fmt: skip
 
 
 @eqx.filter_jit

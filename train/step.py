@@ -237,7 +237,8 @@ def _gradients(
 ) -> Gradients:
     """Of one micro-batch, the step's `index`-th."""
     key = None
-    if state.params.config.dropout > 0:
+    config = state.params.config
+    if config.dropout > 0 or config.weights_dropout > 0:
         # A function of (seed, step, micro-batch): nothing random has to be saved.
         key = jax.random.fold_in(jax.random.fold_in(recipe.key, state.step), index)
 

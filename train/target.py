@@ -10,7 +10,7 @@ from eqx_gpt.gpt import GPT
 from train.evaluate import Progress, dataset_loss
 from train.manifest import Manifest
 
-_TOKENS = 8192  # of a batch of the evaluation: as many as keep a CPU's products busy
+_TOKENS = 2048  # of a batch of the evaluation: few enough for a CPU's caches
 _IMPORTED_AT = time.monotonic()
 
 

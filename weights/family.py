@@ -105,7 +105,7 @@ FIXED: Mapping[str, Any] = {
 MOST_LAYERS = 10_000
 
 # Of training or of how the computation runs: no part of what a file holds.
-NOT_IN_FILES = ("dropout", "unroll", "remat", "n_token")
+NOT_IN_FILES = ("dropout", "attention_dropout", "unroll", "remat", "n_token")
 
 
 def from_hf(family: Family, hf: Mapping[str, Any], where: str) -> GPTConfig:
@@ -198,7 +198,8 @@ def closest(family: Family, config: GPTConfig) -> tuple[GPTConfig, list[str]]:
         ours = _resolved(config)[path]
         if ours != theirs and not _adds_bias(path, theirs, ours):
             reasons.append(f"{path} is {ours!r}, there it is {theirs!r}")
-    return dataclasses.replace(held, dropout=config.dropout), reasons
+    rates = {"dropout": config.dropout, "attention_dropout": config.attention_dropout}
+    return dataclasses.replace(held, **rates), reasons
 
 
 def adds_biases(held: GPTConfig, config: GPTConfig) -> bool:

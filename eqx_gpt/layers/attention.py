@@ -93,7 +93,7 @@ class Attention(eqx.Module):
                 window=window,
                 scale=scale,
                 softcap=softcap,
-                dropout_rate=config.dropout,
+                dropout_rate=config.weights_dropout,
                 key=key,
                 starts=starts,
             )

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from eqx_gpt.config import LinearScaling, Llama3Scaling, PositionConfig, YarnScaling
+from eqx_gpt.ops.platform import stored
 
 
 def rotate(
@@ -30,8 +31,9 @@ def rotate(
         a, b = jnp.split(turned, 2, axis=-1)
     else:
         a, b = turned[..., ::2], turned[..., 1::2]
-    cos = jnp.broadcast_to(magnitude * jnp.cos(angle), a.shape)
-    sin = jnp.broadcast_to(magnitude * jnp.sin(angle), a.shape)
+    # Stored: fused into the loop over all heads they would be computed anew for each of them.
+    cos = jnp.broadcast_to(stored(magnitude * jnp.cos(angle)), a.shape)
+    sin = jnp.broadcast_to(stored(magnitude * jnp.sin(angle)), a.shape)
     pairs = (a * cos - b * sin, b * cos + a * sin)
     if config.rope_pairs == "halves":
         turned = jnp.concatenate(pairs, axis=-1)
