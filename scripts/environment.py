@@ -4,8 +4,6 @@ XLA allocates its large buffers anew at each use. malloc gives them back to the 
 them again, 4 KiB at a time, unless tunables read at process start ask for huge pages and for memory
 to be kept: under Linux with glibc, computing on a CPU, a command starts itself once more with them,
 unless `EQX_GPT_ALLOCATOR=off`.
-
-XLA's own loops use half of a vector register of 512 bits unless `XLA_FLAGS` asks for all of it.
 """
 
 import glob
@@ -16,12 +14,12 @@ import sys
 from pathlib import Path
 
 from scripts.program_cache import OFF, keep_programs
+from scripts.vectors import use_whole_vectors
 
 SWITCH = "EQX_GPT_ALLOCATOR"
 _HUGE = "glibc.malloc.hugetlb=1"  # transparent ones, by madvise
 _KEPT = "glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=17179869184"
 TUNABLES = f"{_HUGE}:{_KEPT}:glibc.malloc.top_pad=268435456"
-_WIDE = "--xla_cpu_prefer_vector_width"
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 # What NVIDIA's, AMD's and Google's drivers make.
 _ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
@@ -38,9 +36,8 @@ def prepare_process(name: str) -> None:
     if tunables != os.environ.get("GLIBC_TUNABLES") and sys.argv[0] in sys.orig_argv:  # not runpy
         environment = {**os.environ, "GLIBC_TUNABLES": tunables, SWITCH: "set"}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
-    flags = os.environ.get("XLA_FLAGS", "")
-    if _WIDE not in flags and _has_wide_vectors() and _computes_on_cpu():
-        os.environ["XLA_FLAGS"] = f"{flags} {_WIDE}=512".strip()
+    if _computes_on_cpu():
+        use_whole_vectors()
     keep_programs()
 
 
@@ -65,23 +62,13 @@ def _wanted_tunables() -> str | None:
     return ":".join([*theirs, *(t for t in TUNABLES.split(":") if t.split("=")[0] not in named)])
 
 
-def _has_wide_vectors() -> bool:
-    try:
-        return " avx512f " in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-
-
 def _has_huge_pages() -> bool:
     """Is this a Linux that gives huge pages to who asks, with a glibc (2.35) that can ask?"""
     library, version = platform.libc_ver()
     numbers = [int(part) for part in version.split(".") if part.isdigit()]
     if library != "glibc" or numbers < [2, 35]:
         return False
-    try:
-        return "[never]" not in _HUGE_PAGES.read_text()
-    except OSError:
-        return False
+    return _HUGE_PAGES.is_file() and "[never]" not in _HUGE_PAGES.read_text()
 
 
 def _computes_on_cpu() -> bool:
