@@ -23,7 +23,7 @@ from eqx_gpt.ops import cross_entropy as cross_entropy_module
 from eqx_gpt.ops.attention import causal_attention
 from eqx_gpt.ops.cached_attention import cached_attention
 from eqx_gpt.ops.cross_entropy import cross_entropy
-from eqx_gpt.ops.dropout import dropout
+from eqx_gpt.ops.dropout import dropout, kept_by, seeds_of
 from eqx_gpt.ops.exp import exp_of_negative
 from eqx_gpt.ops.matmul import linear
 from eqx_gpt.ops.pointwise import activate, activate_gated
@@ -185,6 +185,47 @@ def test_attention_dropout_scales_or_drops_each_weight() -> None:
 
 
 # Dropout
+
+
+def test_attention_with_dropout_in_blocks_is_the_formula_with_its_mask() -> None:
+    seq, head, rate, window = 263, 3, 0.3, 199
+    q, k, v, d = (normal(i, 2, seq, head, 5) for i in range(4))
+    key = jax.random.key(5)
+    shape = (2, head, seq, seq)
+    seeds = jnp.swapaxes(seeds_of(key, (2, seq, head)), 1, 2)[..., None]
+    columns = jnp.broadcast_to(jnp.arange(seq), shape)
+    kept = kept_by(jnp.broadcast_to(seeds, shape), columns, rate)
+    distance = jnp.arange(seq)[:, None] - jnp.arange(seq)[None, :]
+    seen = jnp.broadcast_to((distance >= 0) & (distance < window), shape)
+
+    def formula(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(5)
+        weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+        return jnp.einsum("bhqk,bkhd->bqhd", jnp.where(kept, weights / (1 - rate), 0), v)
+
+    def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return causal_attention(q, k, v, window=window, dropout_rate=rate, key=key)
+
+    expected, pull_expected = jax.vjp(formula, q, k, v)
+    found, pull = jax.vjp(ours, q, k, v)
+    check(found, f64(expected), 1e-5)
+    for a, b in zip(pull(d), pull_expected(d), strict=True):
+        check(a, f64(b), 1e-5)
+
+
+def test_what_is_kept_is_independent_from_number_to_number() -> None:
+    rate, shape = 0.2, (1009, 1013)
+    seeds = jnp.broadcast_to(seeds_of(jax.random.key(3), shape[:1])[:, None], shape)
+    columns = jnp.broadcast_to(jnp.arange(shape[1]), shape)
+    kept = np.asarray(kept_by(seeds, columns, rate)).astype(np.float64) - (1 - rate)
+    variance = rate * (1 - rate)
+    limit = 5 * math.sqrt(variance / kept.size)  # five standard errors
+    assert abs(kept.mean()) < limit
+    for lag in (1, 2, 7, 64):
+        for a, b in ((kept[:, lag:], kept[:, :-lag]), (kept[lag:], kept[:-lag])):
+            assert abs((a * b).mean()) < limit * math.sqrt(variance) * 1.1
+    for axis, n in ((0, shape[0]), (1, shape[1])):  # neither rows nor columns stand out
+        assert abs(kept.mean(axis).var() / (variance / n) - 1) < 5 * math.sqrt(2 / 1009)
 
 
 def test_dropout_keeps_the_mean() -> None:

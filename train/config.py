@@ -68,7 +68,7 @@ class TrainConfig:
     dropout: float = 0.0
     """Probability; 0 for pretraining, 0.1 and more for finetuning or small data."""
     attention_dropout: float | None = None
-    """That of attention weights alone. 0 is for fused attention and attention in blocks, which have
+    """That of attention weights alone. 0 is for the fused attention of GPUs and TPUs, which has
     none. None: as dropout."""
     bias: bool = False
     """Biases in linear maps and layer norms, as in GPT-2; without is a little faster."""

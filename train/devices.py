@@ -103,8 +103,6 @@ def describe_arithmetic(
     products = f"{jnp.dtype(execution.dtype).name} products"
     platform = fused.platform()
     if platform is None:
-        if model.weights_dropout:
-            return f"{products}, plain attention because attention in blocks has no dropout"
         return f"{products}, attention in blocks"
     name = {"cuda": "cuDNN", "tpu": "splash attention"}[platform]
     why = {

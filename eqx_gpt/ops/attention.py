@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from eqx_gpt.ops import blocked_attention, fused
-from eqx_gpt.ops.dropout import dropout
+from eqx_gpt.ops.dropout import kept_by, seeds_of
 from eqx_gpt.ops.meshed import by_heads
 from eqx_gpt.ops.platform import by_platform
 from eqx_gpt.shapes import PRNGKey
@@ -33,19 +33,20 @@ def causal_attention(
     Query i sees the keys at positions up to its own, the last `window` of them. Query heads share
     key-value heads in consecutive groups (arXiv:2305.13245). `scale` None is 1 / sqrt(head_dim);
     `softcap` bends the scaled scores to softcap * tanh(scores / softcap). Scores and softmax are
-    float32. `key` None means no dropout; with it, the weights of all pairs are held. Query i sees
-    no key before `starts[i]`, at most i: where its document begins, of several in a sequence.
+    float32. `key` None means no dropout of the weights. Query i sees no key before `starts[i]`, at
+    most i: where its document begins, of several in a sequence.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if key is not None and dropout_rate > 0:
-        return _plain_attention(q, k, v, starts, window, scale, softcap, dropout_rate, key)
+        seeds = seeds_of(key, q.shape[:-1])
+        return _attention(q, k, v, starts, seeds, window, scale, softcap, dropout_rate)
     platform = fused.platform()
     options = {"window": window, "softcap": softcap}
     asked = {"dtype": q.dtype, "head_dim": q.shape[-1], "seq": q.shape[-3], **options}
     if platform and not fused.refusal(platform, **asked, packed=starts is not None):
         attend = partial(_fused, platform, scale=scale, **options)
         return by_heads(attend, q, k, v, starts)
-    return _attention(q, k, v, starts, window, scale, softcap)
+    return _attention(q, k, v, starts, None, window, scale, softcap, 0.0)
 
 
 def _fused(
@@ -86,17 +87,19 @@ def mix(
 
 # Both platforms' paths keep the same few arrays for the backward pass. Differentiating through the
 # choice instead would keep what either of them wants.
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
 def _attention(
     q: Array,
     k: Array,
     v: Array,
     starts: Array | None,
+    seeds: Array | None,
     window: int | None,
     scale: float,
     softcap: float | None,
+    rate: float,
 ) -> Array:
-    return _forward(q, k, v, starts, window, scale, softcap)[0]
+    return _forward(q, k, v, starts, seeds, window, scale, softcap, rate)[0]
 
 
 def _forward(
@@ -104,46 +107,47 @@ def _forward(
     k: Array,
     v: Array,
     starts: Array | None,
+    seeds: Array | None,
     window: int | None,
     scale: float,
     softcap: float | None,
+    rate: float,
 ) -> tuple[Array, tuple[Array | None, ...]]:
-    def blocked(q: Array, k: Array, v: Array, starts: Array | None) -> tuple[Array, Array]:
-        return blocked_attention.attend(q, k, v, starts, window, scale, softcap)
+    how = {"window": window, "scale": scale, "softcap": softcap, "rate": rate}
 
-    def plain(q: Array, k: Array, v: Array, starts: Array | None) -> tuple[Array, Array]:
-        out = _plain_attention(q, k, v, starts, window, scale, softcap)
-        return out, jnp.zeros(q.shape[:-1], jnp.float32)
+    def plain(q: Array, *rest: Array | None) -> tuple[Array, Array]:
+        return _plain_attention(q, *rest, **how), jnp.zeros(q.shape[:-1], jnp.float32)
 
     def chosen(*arrays: Array | None) -> tuple[Array, Array]:
-        return by_platform(*arrays, cpu=blocked, default=plain)
+        return by_platform(*arrays, cpu=partial(blocked_attention.attend, **how), default=plain)
 
-    out, lse = by_heads(chosen, q, k, v, starts)
-    return out, (q, k, v, starts, out, lse)
+    out, lse = by_heads(chosen, q, k, v, starts, seeds)
+    return out, (q, k, v, starts, seeds, out, lse)
 
 
 def _backward(
     window: int | None,
     scale: float,
     softcap: float | None,
+    rate: float,
     residuals: tuple[Any, ...],
     d: Array,
-) -> tuple[Array, Array, Array, None]:
-    def blocked(*arrays: Any) -> tuple:
-        return blocked_attention.attend_backward(
-            *arrays, window=window, scale=scale, softcap=softcap
-        )
+) -> tuple[Array, Array, Array, None, None]:
+    how = {"window": window, "scale": scale, "softcap": softcap, "rate": rate}
 
-    def plain(q: Array, k: Array, v: Array, starts: Array | None, *rest: Array) -> tuple:
+    def plain(q: Array, k: Array, v: Array, *rest: Any) -> tuple:
+        starts, seeds, *_, d = rest
+
         def attend(q: Array, k: Array, v: Array) -> Array:
-            return _plain_attention(q, k, v, starts, window, scale, softcap)
+            return _plain_attention(q, k, v, starts, seeds, **how)
 
-        return jax.vjp(attend, q, k, v)[1](rest[-1])
+        return jax.vjp(attend, q, k, v)[1](d)
 
     def chosen(*arrays: Array | None) -> tuple:
+        blocked = partial(blocked_attention.attend_backward, **how)
         return by_platform(*arrays, cpu=blocked, default=plain)
 
-    return *by_heads(chosen, *residuals, d), None
+    return *by_heads(chosen, *residuals, d), None, None
 
 
 _attention.defvjp(_forward, _backward)
@@ -154,15 +158,19 @@ def _plain_attention(
     k: Array,
     v: Array,
     starts: Array | None,
+    seeds: Array | None,
     window: int | None,
     scale: float,
     softcap: float | None,
-    dropout_rate: float = 0.0,
-    key: PRNGKey | None = None,
+    rate: float,
 ) -> Array:
     scores = _grouped_scores(q, k, starts, window, scale, softcap)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    weights = dropout(weights, dropout_rate, key)
+    if seeds is not None:
+        rows = jnp.moveaxis(seeds, -1, -2).reshape(weights.shape[:-1])
+        rows = jnp.broadcast_to(rows[..., None], weights.shape)
+        columns = jnp.broadcast_to(jnp.arange(weights.shape[-1]), weights.shape)
+        weights = jnp.where(kept_by(rows, columns, rate), weights / (1 - rate), 0)
     mixed = jnp.einsum("...kgst,...tkd->...skgd", weights, v)
     return mixed.reshape(q.shape)
 

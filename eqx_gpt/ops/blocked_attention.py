@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped, UInt32
 
+from eqx_gpt.ops.dropout import kept_by
 from eqx_gpt.ops.exp import exp_of_negative
 from eqx_gpt.ops.matmul import product, product_transposed, row_major
 
@@ -30,14 +31,23 @@ def attend(
     k: Float[Array, "*batch seq kv_head head_dim"],
     v: Float[Array, "*batch seq kv_head head_dim"],
     starts: Int[Array, "*batch seq"] | None,
+    seeds: UInt32[Array, "*batch seq head"] | None,
+    *,
     window: int | None,
     scale: float,
     softcap: float | None,
+    rate: float,
 ) -> tuple[Float[Array, "*batch seq head head_dim"], Float[Array, "*batch seq head"]]:
     """As `eqx_gpt.ops.attention.causal_attention`; also log(sum(exp(scores))) of each query."""
     group = q.shape[-2] // k.shape[-2]
-    run = partial(_attend, window=window, scale=scale, softcap=softcap)
-    operands = _queries(q, group), _keys(k), _keys(v), _starts(starts, k.shape[-2])
+    run = partial(_attend, window=window, scale=scale, softcap=softcap, rate=rate)
+    operands = (
+        _queries(q, group),
+        _keys(k),
+        _keys(v),
+        _starts(starts, k.shape[-2]),
+        None if seeds is None else _of_queries(seeds, group),
+    )
     out, lse = _few_at_a_time(run, operands)
     return _unqueries(out, q.shape), _unqueries(lse[..., None], (*q.shape[:-1], 1))[..., 0]
 
@@ -47,12 +57,15 @@ def attend_backward(
     k: Float[Array, "*batch seq kv_head head_dim"],
     v: Float[Array, "*batch seq kv_head head_dim"],
     starts: Int[Array, "*batch seq"] | None,
+    seeds: UInt32[Array, "*batch seq head"] | None,
     out: Float[Array, "*batch seq head head_dim"],
     lse: Float[Array, "*batch seq head"],
     d: Float[Array, "*batch seq head head_dim"],
+    *,
     window: int | None,
     scale: float,
     softcap: float | None,
+    rate: float,
 ) -> tuple[Array, Array, Array]:
     """The gradients of queries, keys and values; `d` is that of the output."""
     group = q.shape[-2] // k.shape[-2]
@@ -64,11 +77,12 @@ def attend_backward(
         _keys_transposed(k),
         _keys(v),
         _queries(d, group),
-        _queries(lse[..., None], group)[..., 0],
-        _queries(delta[..., None], group)[..., 0],
+        _of_queries(lse, group),
+        _of_queries(delta, group),
         _starts(starts, k.shape[-2]),
+        None if seeds is None else _of_queries(seeds, group),
     )
-    run = partial(_attend_backward, window=window, scale=scale, softcap=softcap)
+    run = partial(_attend_backward, window=window, scale=scale, softcap=softcap, rate=rate)
     dq_t, dk, dv = _few_at_a_time(run, operands)
     dq = jnp.moveaxis(dq_t, 1, 3)  # n d g s -> n g s d
     return _unqueries(dq, q.shape), _unkeys(dk, k.shape), _unkeys(dv, k.shape)
@@ -79,10 +93,12 @@ def _attend(
     k: Float[Array, "n s d"],
     v: Float[Array, "n s d"],
     starts: Int[Array, "n s"] | None,
+    seeds: UInt32[Array, "n g s"] | None,
     *,
     window: int | None,
     scale: float,
     softcap: float | None,
+    rate: float,
 ) -> tuple[Float[Array, "n g s d"], Float[Array, "n g s"]]:
     """The output, and log(sum(exp(scores))) of each query."""
     n, group, seq, head_dim = q.shape
@@ -101,8 +117,11 @@ def _attend(
         powers = exp_of_negative(scores - jnp.broadcast_to(top, scores.shape), q.dtype)
         weights = lax.optimization_barrier(jnp.where(seen, powers, 0).astype(q.dtype))
         total = jnp.sum(weights.astype(jnp.float32), axis=-1, keepdims=True)
+        if seeds is not None:
+            rows = jnp.broadcast_to(seeds[:, :, i:end].reshape(n, -1, 1), weights.shape)
+            weights = _dropped(weights, rows, np.arange(first, end)[None, :], rate)
         mixed = product(weights, v[:, first:end])
-        mixed = (mixed / jnp.broadcast_to(total, mixed.shape)).astype(q.dtype)
+        mixed = (mixed / jnp.broadcast_to((1 - rate) * total, mixed.shape)).astype(q.dtype)
         outs.append(mixed.reshape(n, group, end - i, head_dim))
         sums.append((top + jnp.log(total)).reshape(n, group, end - i))
     return jnp.concatenate(outs, axis=2), jnp.concatenate(sums, axis=2)
@@ -117,10 +136,12 @@ def _attend_backward(
     lse: Float[Array, "n g s"],
     delta: Float[Array, "n g s"],
     starts: Int[Array, "n s"] | None,
+    seeds: UInt32[Array, "n g s"] | None,
     *,
     window: int | None,
     scale: float,
     softcap: float | None,
+    rate: float,
 ) -> tuple[Float[Array, "n d g s"], Float[Array, "n s d"], Float[Array, "n s d"]]:
     """The gradients of queries, keys and values; `d` is that of the output."""
     n, group, seq, head_dim = q.shape
@@ -146,14 +167,25 @@ def _attend_backward(
         powers = exp_of_negative(jnp.minimum(scores - of_query(lse), 0), dtype)
         weights = lax.optimization_barrier(jnp.where(seen, powers, 0).astype(dtype))
         d_weights = product_transposed(v[:, j:end], rows(d))
+        kept = weights
+        if seeds is not None:
+            columns = np.arange(j, end)[:, None]
+            kept = _dropped(weights, of_query(seeds), columns, rate)
+            d_weights = _dropped(d_weights, of_query(seeds), columns, rate) / (1 - rate)
         slope = scale if softcap is None else scale * (1 - jnp.square(scores / softcap))
         d_scores = weights.astype(jnp.float32) * (d_weights - of_query(delta)) * slope
         d_scores = lax.optimization_barrier(d_scores.astype(dtype))
-        dvs.append(product(weights, rows(d)).astype(dtype))
+        dvs.append((product(kept, rows(d)) / (1 - rate)).astype(dtype))
         dks.append(product(d_scores, rows(q)).astype(dtype))
         dq = product(k_t[:, :, j:end], d_scores).reshape(n, head_dim, group, -1)
         dq_t = dq_t.at[:, :, :, j:last].add(dq)
     return dq_t.astype(dtype), jnp.concatenate(dks, axis=1), jnp.concatenate(dvs, axis=1)
+
+
+def _dropped(x: Array, seeds: Array, columns: np.ndarray, rate: float) -> Array:
+    """Zero where the weight of a key, one of `columns`, is dropped."""
+    kept = kept_by(seeds, jnp.broadcast_to(jnp.asarray(columns), x.shape), rate)
+    return jnp.where(kept, x, jnp.zeros_like(x))
 
 
 def _bent(scores: Array, scale: float, softcap: float | None) -> Array:
@@ -213,9 +245,13 @@ def _few_at_a_time(run: Callable, operands: tuple[Array | None, ...]) -> tuple:
     return jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), results)
 
 
-def _queries(x: Float[Array, "*batch s h d"], group: int) -> Float[Array, "n g s d"]:
+def _queries(x: Shaped[Array, "*batch s h d"], group: int) -> Shaped[Array, "n g s d"]:
     seq, _, head_dim = x.shape[-3:]
     return row_major(_by_head(x, group)).reshape(-1, group, seq, head_dim)
+
+
+def _of_queries(x: Shaped[Array, "*batch s h"], group: int) -> Shaped[Array, "n g s"]:
+    return _queries(x[..., None], group)[..., 0]
 
 
 def _unqueries(x: Float[Array, "n g s d"], shape: tuple[int, ...]) -> Array:
@@ -239,6 +275,6 @@ def _unkeys(x: Float[Array, "n s d"], shape: tuple[int, ...]) -> Array:
     return _unqueries(x[:, None], shape)
 
 
-def _by_head(x: Float[Array, "*batch s h d"], group: int) -> Float[Array, "b k g s d"]:
+def _by_head(x: Shaped[Array, "*batch s h d"], group: int) -> Shaped[Array, "b k g s d"]:
     seq, head, head_dim = x.shape[-3:]
     return jnp.moveaxis(x.reshape(-1, seq, head // group, group, head_dim), 1, 3)

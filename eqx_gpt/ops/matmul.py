@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from eqx_gpt.ops.few_rows import (
     FEW_ROWS,
@@ -70,7 +70,7 @@ def transposed(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch n m"]:
     return row_major(jnp.swapaxes(x, -1, -2))
 
 
-def row_major(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
+def row_major(x: Shaped[Array, "*batch m n"]) -> Shaped[Array, "*batch m n"]:
     """`x`, laid out as `product` wants it: on CPUs row-major, whatever made it."""
     if x.dtype != jnp.bfloat16:
         return x
