@@ -39,6 +39,7 @@ from train.interrupt import Interrupted, Interruption
 from train.lock import locked
 from train.loggers import Logger, extra_loggers
 from train.manifest import SPLITS, Manifest
+from train.memory import give_back
 from train.mesh import (
     around,
     batch_on,
@@ -365,6 +366,7 @@ class Trainer:
             compile_step(self.recipe, first, self.state, self.execution.accumulate)
             self.learning_rate(self.steps_done)
             del first
+            give_back()  # of loading, evaluating and compiling
             with clock.phase("step"):
                 for windows in clock.timed(batches, "data"):
                     signals.check()
