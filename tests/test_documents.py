@@ -44,7 +44,7 @@ def in_blocks(q, k, v, starts, **options):
 
 
 def plainly(q, k, v, starts, window=None, scale=WIDTH**-0.5, softcap=None):
-    return _plain_attention(q, k, v, starts, window, scale, softcap)
+    return _plain_attention(q, k, v, starts, None, window, scale, softcap, 0.0)
 
 
 @pytest.mark.parametrize("attend", [in_blocks, plainly])

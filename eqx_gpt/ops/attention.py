@@ -113,8 +113,7 @@ def _forward(
     softcap: float | None,
     rate: float,
 ) -> tuple[Array, tuple[Array | None, ...]]:
-    how: dict[str, Any]
-    how = {"window": window, "scale": scale, "softcap": softcap, "rate": rate}
+    how: dict[str, Any] = {"window": window, "scale": scale, "softcap": softcap, "rate": rate}
 
     def plain(q: Array, *rest: Any) -> tuple[Array, Array]:
         return _plain_attention(q, *rest, **how), jnp.zeros(q.shape[:-1], jnp.float32)
@@ -134,8 +133,7 @@ def _backward(
     residuals: tuple[Any, ...],
     d: Array,
 ) -> tuple[Array, Array, Array, None, None]:
-    how: dict[str, Any]
-    how = {"window": window, "scale": scale, "softcap": softcap, "rate": rate}
+    how: dict[str, Any] = {"window": window, "scale": scale, "softcap": softcap, "rate": rate}
 
     def plain(q: Array, k: Array, v: Array, *rest: Any) -> tuple:
         starts, seeds, *_, d = rest
