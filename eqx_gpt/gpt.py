@@ -122,7 +122,7 @@ class GPT(eqx.Module):
         """The residual stream after the last norm: all of the model but its head.
 
         It is computed in `dtype`, None for that of the weights: each is converted where it is used,
-        and its gradient is not rounded.
+        and in bfloat16 its gradient is not rounded.
         With a cache, which knows itself where its sequences begin, there are no `starts`.
         """
         if cache is not None and starts is not None:
@@ -296,7 +296,7 @@ class GPT(eqx.Module):
 def check_tokens(tokens: TokensLike, config: GPTConfig, *, any_length: bool = False) -> Tokens:
     """Tokens as int32, or an error that says what is wrong with them (see `GPT.__call__`)."""
     shape = np.shape(tokens)
-    if shape[-1:] == (0,):  # first, since an empty list has no integer dtype
+    if 0 in shape:  # first, since an empty list has no integer dtype
         raise ValueError(f"tokens of shape {shape} are empty; give at least one token a sequence")
     dtype = getattr(tokens, "dtype", None) or np.asarray(tokens).dtype
     if not jnp.issubdtype(dtype, jnp.integer):

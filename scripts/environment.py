@@ -68,7 +68,7 @@ def _has_huge_pages() -> bool:
     numbers = [int(part) for part in version.split(".") if part.isdigit()]
     if library != "glibc" or numbers < [2, 35]:
         return False
-    return _HUGE_PAGES.is_file() and "[never]" not in _HUGE_PAGES.read_text()
+    return os.access(_HUGE_PAGES, os.R_OK) and "[never]" not in _HUGE_PAGES.read_text()
 
 
 def _computes_on_cpu() -> bool:

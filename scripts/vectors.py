@@ -18,6 +18,6 @@ def use_whole_vectors() -> None:
 
 def _has_512_bits() -> bool:
     try:
-        return " avx512f " in Path("/proc/cpuinfo").read_text()
+        return "avx512f" in Path("/proc/cpuinfo").read_text().split()
     except OSError:  # not Linux
         return False

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny_run import ROOT
 
-from scripts import environment, program_cache
+from scripts import environment, program_cache, vectors
 
 # What a command may be: started with options of Python, arguments, a module path and a stdin.
 COMMAND = f"""
@@ -69,7 +69,7 @@ def test_a_command_starts_itself_once_more_and_keeps_all_it_was_given(start):
     assert err == ""
 
 
-@pytest.mark.skipif(not environment._has_wide_vectors(), reason="no registers of 512 bits")
+@pytest.mark.skipif(not vectors._has_512_bits(), reason="no registers of 512 bits")
 @pytest.mark.parametrize(
     ("given", "flags"),
     [

@@ -162,6 +162,15 @@ def test_few_rows_times_int8(n_row: int, dtype: jnp.dtype, error: float) -> None
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("n_row", [3, 67])  # in digits, and converted
+def test_gradient_through_int8_is_that_of_its_numbers(n_row: int) -> None:
+    weight = Int8.quantize(jax.random.normal(jax.random.key(0), (23, 17)))
+    x, g = (jax.random.normal(jax.random.key(i), (n_row, n)) for i, n in ((1, 17), (2, 23)))
+    _, pull = jax.vjp(lambda x: linear(x, weight), x)
+    numbers = np.asarray(weight.values, np.float64) * np.asarray(weight.scale, np.float64)[:, None]
+    np.testing.assert_allclose(pull(g)[0], np.asarray(g, np.float64) @ numbers, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_cached_equals_uncached(quantize: str | None) -> None:
     model = cast(for_inference(lively(ARCHITECTURES["llama"]), quantize), jnp.float32)

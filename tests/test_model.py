@@ -385,6 +385,7 @@ def test_with_config_refuses_other_arrays() -> None:
         (np.int32(3), ValueError, r"\(\*batch, seq\), got a scalar; .* tokens\[None\]"),
         ([], ValueError, r"shape \(0,\) are empty; give at least one token"),
         (np.zeros((2, 0), np.int32), ValueError, r"shape \(2, 0\) are empty; give at least one"),
+        (np.zeros((0, 2), np.int32), ValueError, r"shape \(0, 2\) are empty; give at least one"),
         (
             np.zeros((2, 14), np.int32),
             ValueError,

@@ -166,7 +166,10 @@ def to_hf(family: Family, config: GPTConfig) -> dict[str, Any]:
 
     ValueError if it has no word for a value.
     """
-    hf: dict[str, Any] = dict.fromkeys(family.dropout, config.dropout)
+    hf: dict[str, Any] = {
+        name: config.weights_dropout if name.startswith("att") else config.dropout
+        for name in family.dropout
+    }
     for name, field in family.fields.items():
         ours = [_get(config, path) for path in field.paths]
         value = ours[0] if len(ours) == 1 else any(ours)

@@ -24,7 +24,7 @@ def stored(x: Array) -> Array:
 
 
 def laid_out(x: Shaped[Array, "*batch m n"]) -> Shaped[Array, "*batch m n"]:
-    """`x`, row-major on CPUs whatever made it.
+    """`x`, row-major on CPUs whatever made it, if one of the two dimensions is even.
 
     It stands behind a barrier that sees it in another shape: of that, XLA cannot choose the layout
     by looking at what `x` was transposed from.
