@@ -55,7 +55,7 @@ def main() -> int:
         if said:
             print(said, file=sys.stderr)
     if auto and not resume:  # which keeps its own
-        config = with_chosen_batch(config)
+        config = with_chosen_batch(config, alone=hosts.alone)
 
     # jax is imported from here on: a mistyped flag need not wait for it.
     from train.loop import train

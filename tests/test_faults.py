@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -294,6 +295,30 @@ def test_a_full_disk_is_said_and_the_next_save_tries_again(
     assert said.index("NOT WRITTEN") < said.index("iter 7/12")
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["12", "8"]
     assert differences(tmp_path, straight) == []
+
+
+def test_a_best_model_that_could_not_be_written_is_not_the_best(
+    config, data, tmp_path, monkeypatch, capfd
+):
+    """The first evaluation's, which is better than all that follow; the disk is full for it."""
+    whole, n_evaluation = Checkpoints.save_best, itertools.count(1)
+    monkeypatch.setattr(train.loop, "sampled_loss", lambda *_, **__: float(next(n_evaluation)))
+
+    def save_best(self, params, step):
+        if step != 4:
+            return whole(self, params, step)
+        with files_of_at_most(50):
+            whole(self, params, step)
+            until = time.monotonic() + 60
+            while not self._best._writing.done():
+                assert time.monotonic() < until
+                time.sleep(0.01)
+
+    monkeypatch.setattr(Checkpoints, "save_best", save_best)
+    changed = dataclasses.replace(config, eval_interval=4, always_save_checkpoint=False)
+    run_training(at(changed, tmp_path), data)
+    assert capfd.readouterr().err.count("NOT WRITTEN") == 1
+    assert [path.name for path in (tmp_path / "best").iterdir()] == ["8"]
 
 
 def test_a_run_that_could_not_save_its_last_step_says_so(

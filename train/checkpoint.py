@@ -106,6 +106,10 @@ class Checkpoints:
         if step not in self._best.on_disk():
             self._best.save(step, {"model": params})
 
+    def holds_best(self, step: int) -> bool:
+        """Is the best model of that step on disk, or on its way?"""
+        return step in self._best.on_disk() or self._best.writing
+
     def restore(self, skeleton: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The newest whole state and its progress; `skeleton` gives shapes and dtypes.
 
@@ -210,6 +214,10 @@ class _Steps:
         options = ocp.AsyncOptions(create_directories_asynchronously=False)
         handler = ocp.CompositeCheckpointHandler(**handlers)
         return ocp.AsyncCheckpointer(handler, async_options=options)
+
+    @property
+    def writing(self) -> bool:
+        return self._writing is not None
 
     def on_disk(self) -> list[int]:
         """The whole ones: a step gets its number last."""

@@ -87,7 +87,7 @@ def compiled_traffic(
         except subprocess.TimeoutExpired:
             text = f"compiling for a mesh of {smaller} took more than {TIMEOUT_S} s"
             raise ValueError(text) from None
-    if done.returncode:
+    if done.returncode or not done.stdout.strip():
         last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
         raise ValueError(f"compiling for a mesh of {dict(mesh)} failed: {last[0]}")
     found = json.loads(done.stdout.splitlines()[-1])

@@ -109,6 +109,7 @@ class Progress:
     evaluated_at: int | None = None
     val_loss: float | None = None
     best_val_loss: float | None = None
+    best_step: int | None = None
     whole_val_loss: float | None = None
 
 
@@ -184,7 +185,8 @@ def _train(
         trainer = Trainer(config, data, model_cfg, start, display, process, began, mesh, writes)
         del start  # its arrays are copied
         if resume and not config.eval_only and is_writer():
-            write_run(config, model_cfg, data)
+            write_run(config, model_cfg, data, resumed=True)
+        trainer.begin_watching()
         with Interruption(
             lambda: display.line("stopping soon; once more ends at once, unsaved"),
             config.preemption_s,
@@ -274,6 +276,7 @@ class Trainer:
         self.closing = ExitStack()
         self.loggers: dict[int, Logger] = {}
         self.watch: Watch | None = None
+        self.n_params = n_params
         self.preset: str | None = None
         if writes:
             self.preset = read_run(self.directory).get("preset")
@@ -284,9 +287,6 @@ class Trainer:
                 config, n_params, resumed=self.steps_done > 0, closing=self.closing
             )
             self.loggers = dict(enumerate([self.metrics.write, *more]))
-            if not config.eval_only:
-                with self.unharmed("watching"):
-                    self.watch = Watch(self.directory, n_params)
         self.reached = self._at_target()
         self.clocks = Vote()
         self.plotted_at = time.monotonic()
@@ -301,8 +301,13 @@ class Trainer:
             )
             | ({} if process is None else {"process": process})
         )  # fmt: skip
-        if self.watch is not None:
-            self._tell(*self.watch.start())
+
+    def begin_watching(self) -> None:
+        """Of a run whose directory describes it."""
+        if self.metrics is not None and not self.config.eval_only:
+            with self.unharmed("watching"):
+                self.watch = Watch(self.directory, self.n_params)
+                self._tell(*self.watch.start())
 
     def close(self) -> None:
         self.checkpoints.close()
@@ -351,7 +356,8 @@ class Trainer:
             flops = tokens * self.flops_per_token
             self._tell(*summary(self.clock.seconds(), tokens, flops, self.peak_flops))
             if self.watch is not None and self.steps_done:
-                self._tell(*self.watch.verdict().lines())
+                with self.unharmed("watching"):
+                    self._tell(*self.watch.verdict().lines())
         return Outcome(self.steps_done, interrupted_by, self.progress.val_loss, saved)
 
     def _train(self, signals: Interruption) -> None:
@@ -517,19 +523,22 @@ class Trainer:
 
     def _keep_if_best(self, val_loss: float) -> str:
         """Note an evaluation; what to say of it."""
-        config, best = self.config, self.progress.best_val_loss
+        config, best, step = self.config, self.progress.best_val_loss, self.progress.best_step
+        if step is not None and not self.checkpoints.holds_best(step):
+            best, step = None, None  # writing it failed, or a kill came between
         improved = best is None or math.isnan(best) or val_loss < best
         kept = True
         if improved and not config.always_save_checkpoint and not config.eval_only:
             kept = False
             with self.clock.phase("checkpoint"), self.unharmed("best checkpoint", once=False):
                 self.checkpoints.save_best(self.state.best_params, self.steps_done)
-                kept = True
+                kept, step = True, self.steps_done
         self.progress = dataclasses.replace(
             self.progress,
             evaluated_at=self.steps_done,
             val_loss=val_loss,
             best_val_loss=val_loss if improved and kept else best,
+            best_step=step,
         )
         return "" if best is None or not improved else ", the best so far"
 

@@ -86,7 +86,12 @@ def check_startable(directory: str | Path) -> None:
 
 
 def write_run(
-    config: TrainConfig, model: GPTConfig, data: Manifest, preset: str | None = None
+    config: TrainConfig,
+    model: GPTConfig,
+    data: Manifest,
+    preset: str | None = None,
+    *,
+    resumed: bool = False,
 ) -> None:
     """Write run.json and the tokenizer. RunError if the directory cannot be written.
 
@@ -95,7 +100,7 @@ def write_run(
     """
     directory = Path(config.out_dir)
     before: Mapping[str, Any] = {}
-    if has_checkpoint(directory) and has_run(directory):
+    if (resumed or has_checkpoint(directory)) and has_run(directory):
         before = read_run(directory)
     content = {
         "format_version": FORMAT_VERSION,

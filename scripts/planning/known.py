@@ -40,8 +40,16 @@ def size_of(config: TrainConfig) -> "tuple[int, int | None, GPTConfig | None]":
     return n_token, train_tokens, from_pretrained(config.init_from).config
 
 
-def with_chosen_batch(config: TrainConfig) -> TrainConfig:
-    """With the largest micro-batches that fit on this machine, of the same global batch."""
+def with_chosen_batch(config: TrainConfig, *, alone: bool = True) -> TrainConfig:
+    """With the largest micro-batches that fit on this machine, of the same global batch.
+
+    ValueError if this process is not `alone`: its devices must not be touched before all have met.
+    """
+    if not alone:
+        raise ValueError(
+            "--batch_size auto is for a run of one process, and this one is of several; give a "
+            "number: scripts/plan.py says what fits"
+        )
     from train.plan import choose_layout, planned_model
 
     n_token, _, pretrained = size_of(config)
