@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tiny_run import FLAGS, make_dataset
 
+from eqx_gpt.record import FORMAT_VERSION as FORMAT
 from scripts.benchmarks.reference import of_evaluations, of_steps, text_of
 from train.config import TrainConfig
 from train.diagnosis import Case, case_of, judge
@@ -201,7 +202,6 @@ FALLING = [4.2 - 0.05 * i for i in range(20)]
         ([4.2] * 20, {"lr": 0.0}, [], "learning_rate"),
         ([*FALLING, *([4.4] * 9)], {}, [], "diverged"),
         ([*FALLING, None], {}, [], "overflow"),
-        (FALLING, {"skipped": 5}, [], "overflow"),
         (FALLING, {}, [{"iter": 190, "val_loss": 3.9, "eval_train_loss": 1.2}], "memorised"),
     ],
 )
@@ -217,6 +217,126 @@ def test_nothing_wrong_without_a_reference() -> None:
     verdict = judge(case(None), lines(list(FALLING)), [{"iter": 190, "val_loss": 3.3}])
     assert (verdict.standing, verdict.findings) == ("nothing wrong", ())
     assert judge(case(None), [], []).standing == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("every", "n", "alarm"), [(10, 2, False), (10, 5, True), (100, 5, False), (100, 9, True)]
+)
+def test_skipped_steps_count_while_they_are_new(every: int, n: int, alarm: bool) -> None:
+    """Three, and a hundredth of the steps; a run goes on soundly after them."""
+    steps = lines([4.2 - 0.01 * i for i in range(60)])
+    for i, line in enumerate(steps):
+        line["iter"] = every * i
+        line["skipped"] = min(max(i - 19, 0), n)
+    assert judge(case(None), steps[:20], []).standing == "nothing wrong"
+    new = [judge(case(None), steps[: i + 1], []) for i in range(20, 30)]
+    assert ("off track" in [verdict.standing for verdict in new]) == alarm
+    for verdict in new:
+        assert "not finite" not in str(verdict)
+        assert {f.name for f in verdict.findings} <= {"skipped"}
+    assert judge(case(None), steps, []).standing == "nothing wrong"
+
+
+@pytest.mark.parametrize("deviation", [0.5, 1.0])
+def test_noise_is_not_divergence(deviation: float) -> None:
+    rng = np.random.default_rng(3)
+    for noise in deviation * rng.standard_normal((5, 150)):
+        steps = lines([4.9, *(4.0 + noise).tolist()])
+        looks = [judge(case(None), steps[:n], []).findings for n in range(17, 150, 4)]
+        assert "diverged" not in {f.name for found in looks for f in found}
+    quiet = deviation * rng.standard_normal(150)
+    risen = lines([4.9, *(4.0 + quiet).tolist(), *([4.0 + 4 * deviation] * 8)])
+    assert [f.name for f in judge(case(None), risen, []).findings] == ["diverged"]
+
+
+def test_few_kinds_of_tokens_leave_little_to_learn() -> None:
+    few = dataclasses.replace(case(None), vocab_size=4, statistics=None)
+    falling = lines([1.39 - 0.06 * i / 40 for i in range(40)])
+    assert judge(few, falling, []).standing == "nothing wrong"
+    near = {**(case(None).statistics or {}), "entropy": 1.37}
+    assert judge(dataclasses.replace(few, statistics=near), falling, []).findings == ()
+    # 32 kinds, nearly as frequent: down to their entropy is all the way of a fall.
+    even = {**near, "entropy": math.log(32) - 0.06}
+    down = lines([math.log(32), *([math.log(32) - 0.05 - 0.0021 * i for i in range(30)])])
+    some = dataclasses.replace(few, vocab_size=32, statistics=even)
+    assert "not_falling" not in [f.name for f in judge(some, down[:22], []).findings]
+
+
+def test_what_is_learnt_by_heart_may_be_by_design(tmp_path: Path) -> None:
+    """nanoGPT's shakespeare_char ends so, with the best evaluation kept."""
+    evaluations = [
+        {"iter": 1500, "val_loss": 1.469, "eval_train_loss": 1.1},
+        {"iter": 5000, "val_loss": 1.69, "eval_train_loss": 0.62},
+    ]
+    verdict = judge(case(None, always_save_checkpoint=False), lines(list(FALLING)), evaluations)
+    assert verdict.standing == "nothing wrong"
+    (found,) = verdict.findings
+    assert (found.name, found.weight) == ("memorised", "note")
+    assert "1.469 at step 1,500, is kept" in found.text
+    assert verdict.lines()[1].startswith("  NOTE (memorised)")
+    assert judge(case(None), lines(list(FALLING)), evaluations).standing == "off track"
+
+
+def test_a_watch_keeps_the_best_evaluation(data: Manifest, tmp_path: Path) -> None:
+    run = run_of(data, tmp_path)
+    run["format_version"] = FORMAT
+    run["config"]["always_save_checkpoint"] = False
+    (tmp_path / "run.json").write_text(json.dumps(run), encoding="utf-8")
+    watch = Watch(tmp_path, 1000)
+    for line in lines(list(FALLING)):
+        watch.after(line)
+    for step, loss in ((200, 1.9), (300, 1.5), (400, None), (500, 1.8), (600, 1.9)):
+        told = watch.after({"iter": step, "val_loss": loss, "eval_train_loss": 0.6})
+    assert "1.500 at step 300, is kept" in told[-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "split", "said"),
+    [
+        ({"label_smoothing": 0.1}, "train", "label_smoothing is 0.1, the recipe's 0"),
+        ({"z_loss": 1e-4}, "train", "z_loss is 0.0001, the recipe's 0"),
+        ({"ema_decay": 0.99}, "val", "ema_decay is 0.99, the recipe's 0"),
+    ],
+)
+def test_another_kind_of_loss_is_not_compared(
+    reference: Reference, change: dict[str, Any], split: str, said: str
+) -> None:
+    steps = made_run(7, 400, 10, shift=0.4 if split == "train" else 0.0)
+    evaluations = made_evaluations(7, 0.4 if split == "val" else 0.0)[:3]
+    verdict = judge(case(reference, **change), steps, evaluations)
+    assert verdict.standing == "on track"
+    what = "train" if split == "train" else "validation"
+    assert f"the {what} loss is not comparable, for {said}" in verdict.text
+    if split == "train":
+        verdict = judge(case(reference, **change), steps, [])
+        assert (verdict.standing, verdict.findings) == ("nothing wrong", ())
+        assert f"not comparable, for {said}" in verdict.text
+    # The other loss is compared as ever.
+    off = [line | {"train_loss": line["train_loss"] + 0.4} for line in made_run(7, 400, 10)]
+    wrong = (steps, made_evaluations(7, 0.4)[:3]) if split == "train" else (off, evaluations)
+    assert judge(case(reference, **change), *wrong).standing == "off track"
+
+
+def test_past_the_end_of_the_reference_it_says_so(reference: Reference) -> None:
+    longer = [{**line, "iter": line["iter"] + 2000} for line in made_run(7, 400, 10)]
+    verdict = judge(case(reference), longer, [])
+    assert verdict.text.endswith("; the reference ends at step 999")
+    early = judge(case(reference), longer[:0] + made_run(7, 20, 10), [])
+    assert early.text.endswith("; too few lines to compare yet")
+
+
+def test_a_reference_whose_rate_ends_at_zero(reference: Reference) -> None:
+    rate = dataclasses.replace(
+        reference.lr, mean=tuple(1e-3 * (1 - i / 999) for i in reference.lr.iter)
+    )
+    ended = dataclasses.replace(reference, lr=rate)
+    steps = made_run(7, 1000, 3, shift=0.3)
+    for line in steps:
+        line["lr"] = 1e-3 * (1 - line["iter"] / 1000)  # at the last one 1e-6, for 0
+    found = judge(case(ended), steps, []).findings
+    assert [f.name for f in found] == ["unexplained"]
+    steps[-1]["lr"] = 1e-4
+    assert [f.name for f in judge(case(ended), steps, []).findings] == ["lr"]
 
 
 def test_a_gradient_that_grows() -> None:
@@ -248,19 +368,23 @@ def test_statistics_against_their_formulas(data: Manifest) -> None:
 
 def run_of(data: Manifest, out_dir: Path, **spoilt: np.ndarray) -> dict[str, Any]:
     """What run.json would say of a dataset with other tokens."""
-    train, val = (spoilt.get(s, np.array(data.tokens(s))) for s in ("train", "val"))
+    tokens = {s: spoilt.get(s, np.array(data.tokens(s))) for s in ("train", "val")}
+    described = data.to_dict()
+    for split, content in described["splits"].items():
+        content["tokens"] = len(tokens[split])
     return {
         "config": dataclasses.asdict(TrainConfig(**FLAGS, out_dir=str(out_dir))),
-        "model": {"vocab_size": data.vocab_size}, "data": data.to_dict(), "preset": None,
-        "statistics": token_statistics(train, val).to_dict(),
+        "model": {"vocab_size": data.vocab_size}, "data": described, "preset": None,
+        "statistics": token_statistics(tokens["train"], tokens["val"]).to_dict(),
     }  # fmt: skip
 
 
 def test_spoilt_data_is_named(data: Manifest, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    train, val = (np.array(data.tokens(split)) for split in ("train", "val"))
+    train, val = (np.tile(np.array(data.tokens(split)), 31) for split in ("train", "val"))
     others = rng.permutation(data.vocab_size).astype(val.dtype)
-    assert case_of(run_of(data, tmp_path)).data == ()
+    sound = case_of(run_of(data, tmp_path, train=train, val=val))
+    assert (sound.data, sound.notes) == ((), ())
     cases = (
         ({"train": rng.permutation(train)}, "token_order"),
         ({"val": rng.permutation(val)}, "token_order"),
@@ -268,9 +392,39 @@ def test_spoilt_data_is_named(data: Manifest, tmp_path: Path) -> None:
         ({"train": np.append(train, data.vocab_size).astype(train.dtype)}, "tokenizer"),
     )
     for spoilt, name in cases:
-        spoilt_case = case_of(run_of(data, tmp_path, **spoilt))
+        spoilt_case = case_of(run_of(data, tmp_path, **{"train": train, "val": val} | spoilt))
         assert [finding.name for finding in spoilt_case.data] == [name]
         assert judge(spoilt_case, lines(list(FALLING)), []).standing == "suspect"
+
+
+def in_order(rng: np.random.Generator, n: int, n_token: int, share: float) -> np.ndarray:
+    """Tokens of which each is, so often, the one before plus 1, and else any."""
+    found = rng.integers(n_token, size=n)
+    for i in np.flatnonzero(rng.random(n) < share)[1:]:
+        found[i] = (found[i - 1] + 1) % n_token
+    return found.astype(np.uint16)
+
+
+def test_little_order_is_no_fault_and_said(data: Manifest, tmp_path: Path) -> None:
+    """As of proteins and DNA, and of a few tokens; shuffled text looks the same, and so is told."""
+    rng = np.random.default_rng(5)
+    train, val = in_order(rng, 30011, 23, 0.03), in_order(rng, 7001, 23, 0.03)
+    found = case_of(run_of(data, tmp_path, train=train, val=val))
+    assert found.data == ()
+    assert [f"{note.line:.43}" for note in found.notes] == [
+        "NOTE (token_order) a token tells little of "
+    ]
+    clear = in_order(rng, 30011, 23, 0.8)
+    few = case_of(run_of(data, tmp_path, train=clear, val=rng.permutation(clear)[:1999]))
+    assert (few.data, few.notes) == ((), ())
+    weak = case_of(run_of(data, tmp_path, train=in_order(rng, 30011, 23, 0.15), val=val))
+    assert (weak.data, weak.notes) == ((), ())
+    # A loss that stays at the entropy of the frequencies is then all there may be to learn.
+    stuck = lines([3.3, *([math.log(23)] * 20)])
+    verdict = judge(dataclasses.replace(found, vocab_size=23), stuck, [])
+    assert verdict.standing == "nothing wrong"
+    assert [(f.name, f.weight) for f in verdict.findings] == [("token_order", "note")]
+    assert "order is lost, or tells little" in verdict.findings[0].text
 
 
 # The references that there are.

@@ -9,6 +9,7 @@ Every check is a row of one of the tables below.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 from train.config import TrainConfig, with_fields
@@ -33,10 +34,15 @@ _LABELS: Mapping[Standing, str] = {
     "nothing wrong": "nothing wrong so far",
     "unknown": "too early to say",
 }
-_ORDER = 0.02
-"""Of a text whose tokens lie in order, the token before tells more than so many nats."""
+_ORDER, _IN_ORDER, _ENOUGH = 0.02, 0.2, 5000
+"""Nats that the token before tells: below the first next to nothing, above the second they lie in
+order; and of how many tokens that can be said."""
 _RECENT = 8
 """Lines of steps whose mean is judged where there is no reference."""
+_RISE, _RISE_SIGMAS = 0.7, 8.0
+"""By how many nats a loss rises that diverges, and standard deviations of the mean of its lines."""
+_ROOM = 2.0
+"""Below that loss of a new model, in nats, a sound run may well hardly fall: DNA has 1.39."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,8 @@ class Case:
 
     - `recipe`: the settings it is compared with: the reference's, the preset's, or None.
     - `reference`: only where the run's data is the reference's, for others have another curve.
-    - `data`: findings about the data, and why there is no reference, if that is known.
+    - `data`: alarms about the data; `notes`: what else is to be known of it.
+    - `without`: why there is no reference.
     """
 
     config: TrainConfig
@@ -56,6 +63,7 @@ class Case:
     data: tuple[Finding, ...]
     without: str
     eval_tokens: int
+    notes: tuple[Finding, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,8 +81,7 @@ class Verdict:
 
     def lines(self) -> list[str]:
         """For a person: the sentence, and one line a finding."""
-        told = (f"  WATCH OUT {finding}" for finding in self.findings)
-        return [f"{self.label}: {self.text}", *told]
+        return [f"{self.label}: {self.text}", *(f"  {finding.line}" for finding in self.findings)]
 
 
 def case_of(run: Mapping[str, Any]) -> Case:
@@ -96,9 +103,10 @@ def case_of(run: Mapping[str, Any]) -> Case:
     eval_tokens = min(rows * config.block_size, splits["val"]["tokens"])
     if config.target_val_loss is not None:
         eval_tokens = splits["val"]["tokens"]
+    alarms, notes = (tuple(f for f in found if f.weight == weight) for weight in ("alarm", "note"))
     return Case(
         config, run["model"]["vocab_size"], run.get("statistics"), recipe, reference,
-        tuple(found), without, eval_tokens,
+        alarms, without, eval_tokens, notes,
     )  # fmt: skip
 
 
@@ -106,11 +114,12 @@ def judge(
     case: Case, steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
 ) -> Verdict:
     """How the run stands after its newest line. `steps` need not hold more than the first line and
-    the last hundred."""
+    the last hundred, `evaluations` than the best one and the last."""
     if not steps and not evaluations:
         return Verdict(0, "unknown", "no step has been logged yet")
     step = max(record["iter"] for record in [*steps[-1:], *evaluations[-1:]])
-    alone = [found for check in _ALONE if (found := check(case, steps, evaluations)) is not None]
+    seen = [found for check in _ALONE if (found := check(case, steps, evaluations)) is not None]
+    alone, notes = ([f for f in seen if f.weight == weight] for weight in ("alarm", "note"))
     places = [] if case.reference is None else _places(case, case.reference, steps, evaluations)
     above = [place for place in places if place.excess > 0]
     if above or alone:
@@ -121,17 +130,21 @@ def judge(
             text = "; ".join(map(str, above))
         else:
             text = "; ".join(found.text for found in alone)
-        findings = tuple({found.name: found for found in reversed(causes)}.values())[::-1]
+        findings = tuple({f.name: f for f in reversed([*causes, *notes])}.values())[::-1]
         return Verdict(step, "off track", text, findings)
     if not places:
         standing: Standing = "nothing wrong" if len(steps) >= 4 else "unknown"
         if case.data:
             standing = "suspect"
-        why = case.without if case.reference is None else "too few lines to compare yet"
-        return Verdict(step, standing, f"{_last_losses(steps, evaluations)}; {why}", case.data)
+        why = _not_placed(case, step)
+        return Verdict(
+            step, standing, f"{_last_losses(steps, evaluations)}; {why}", (*case.data, *notes)
+        )
     below = [place for place in places if place.excess < 0]
     text = "; ".join(map(str, below or places)) + f" of {places[0].n_seed} seeds"
-    return Verdict(step, "better" if below else "on track", text, case.data)
+    if case.reference is not None:
+        text = "; ".join([text, *_not_comparable(case.config, case.reference.config).values()])
+    return Verdict(step, "better" if below else "on track", text, (*case.data, *notes))
 
 
 def _places(
@@ -140,15 +153,41 @@ def _places(
     steps: Sequence[Mapping[str, Any]],
     evaluations: Sequence[Mapping[str, Any]],
 ) -> list[Place]:
-    """Of the train loss, and of the last evaluation as long as it is not long ago."""
-    train = place_train(reference, steps)
+    """Of the train loss, and of the last evaluation as long as it is not long ago; of what can be
+    compared."""
+    without = _not_comparable(case.config, reference.config)
+    train = None if "train" in without else place_train(reference, steps)
     val = None
-    if evaluations:
+    if evaluations and "val" not in without:
         val = place_val(reference, evaluations[-1], case.eval_tokens)
         newest = steps[-1]["iter"] if steps else 0
         if val is not None and newest - val.step > max(reference.window, case.config.eval_interval):
             val = None
     return [place for place in (train, val) if place is not None]
+
+
+def _not_comparable(config: TrainConfig, recipe: TrainConfig) -> dict[str, str]:
+    """The losses that the settings make another quantity than the recipe's, and how to say it."""
+    found = {}
+    for name, split, what in (
+        ("label_smoothing", "train", "the train loss is"),
+        ("z_loss", "train", "the train loss is"),
+        ("ema_decay", "val", "the validation loss is"),
+    ):
+        ours, theirs = getattr(config, name), getattr(recipe, name)
+        if ours != theirs:
+            found[split] = f"{what} not comparable, for {name} is {ours:g}, the recipe's {theirs:g}"
+    return found
+
+
+def _not_placed(case: Case, step: int) -> str:
+    """Why no loss is held against a reference."""
+    if case.reference is None:
+        return case.without
+    if step > case.reference.last:
+        return f"the reference ends at step {case.reference.last:,}"
+    reasons = _not_comparable(case.config, case.reference.config).values()
+    return "; ".join([*reasons, "too few lines to compare yet"])
 
 
 # What can be seen without a reference.
@@ -157,10 +196,15 @@ def _places(
 def _not_finite(
     case: Case, steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
 ) -> Finding | None:
-    skipped = steps[-1].get("skipped", 0) if steps else 0
-    broken = [r["iter"] for r in steps[-_RECENT:] if r.get("train_loss") is None or
+    """Judged by the last lines alone: a run outlives what it skipped long ago."""
+    if not steps:
+        return None
+    recent, before = steps[-_RECENT:], steps[-_RECENT - 1 : -_RECENT]
+    broken = [r["iter"] for r in recent if r.get("train_loss") is None or
               r.get("grad_norm") is None]  # fmt: skip
-    if not broken and skipped < 3:
+    skipped = recent[-1].get("skipped", 0) - sum(r.get("skipped", 0) for r in before)
+    n_step = recent[-1]["iter"] - (before[0]["iter"] if before else -1)
+    if not broken and skipped < max(3, 0.01 * n_step):
         return None
     guilty = [
         f"{name}={value:g}"
@@ -170,9 +214,17 @@ def _not_finite(
     why = f"; {' and '.join(guilty)} is far beyond what is usual" if guilty else (
         "; try --precision float32, a lower --learning_rate, --grad_clip 1"
     )  # fmt: skip
-    where = f"at step {broken[-1]:,}, " if broken else ""
+    counted = f"{skipped} of the last {n_step:,} steps were skipped"
+    if not broken:
+        if not guilty and (spikes := case.config.skip_spikes):
+            why = (
+                f": not finite, or a gradient beyond skip_spikes={spikes:g} times the usual; try a "
+                "lower --learning_rate"
+            )
+        return Finding("skipped", f"{counted}{why}")
     return Finding(
-        "overflow", f"the loss or its gradient is not finite {where}{skipped} steps skipped{why}"
+        "overflow",
+        f"the loss or its gradient is not finite at step {broken[-1]:,}, {counted}{why}",
     )
 
 
@@ -207,6 +259,8 @@ def _stuck(
         return None
     if all(record["lr"] == 0 for record in steps[-_RECENT:]):
         return Finding("learning_rate", "the learning rate is 0: nothing is learnt")
+    if math.log(case.vocab_size) < _ROOM:
+        return None
     last = losses[-1][0]
     reach = max(50, last - losses[-_RECENT][0] + 1)
     recent = [loss for step, loss in losses if step > last - reach]
@@ -214,28 +268,41 @@ def _stuck(
     if case.config.init_from != "scratch" or len(before) < len(recent) // 2:
         return None
     mean, earlier = sum(recent) / len(recent), sum(before) / max(len(before), 1)
-    entropy = None if case.statistics is None else case.statistics["entropy"]
-    if entropy is not None and abs(mean - entropy) < 0.04 and abs(mean - earlier) < 0.04:
-        order = case.statistics["train_order"] if case.statistics is not None else 1.0
-        why = f"shuffling its tokens would change nothing ({order:.3f} nats)"
-        if order >= _ORDER:
-            why = "the learning rate may be too low, or far too high"
-        return Finding(
-            "token_order" if order < _ORDER else "no_context",
-            f"the loss stays at {mean:.2f}, the entropy of the tokens' frequencies "
-            f"({entropy:.2f}): nothing is learnt from the tokens before; {why}",
-        )
-    first = losses[0]
-    if first[0] == 0 and min(mean, earlier) > first[1] - 0.1:
+    first, statistics, falls = losses[0], case.statistics, 0.1
+    if statistics is not None:
+        entropy = statistics["entropy"]
+        if abs(mean - entropy) < 0.04 and abs(mean - earlier) < 0.04:
+            return _no_context(statistics, mean)
+        # Of tokens that are all about as frequent, that is all the way down to their entropy.
+        falls = min(0.1, max(first[1] - entropy, 0.0) / 2)
+    if first[0] == 0 and min(mean, earlier) > first[1] - falls:
         return Finding(
             "not_falling", f"the loss is {mean:.2f} after {last:,} steps, {first[1]:.2f} at first"
         )
     return None
 
 
+def _no_context(statistics: Mapping[str, float], mean: float) -> Finding:
+    """Of a loss that stays at the entropy: a note where that may be all there is to learn."""
+    orders = [statistics["train_order"], statistics["val_order"]]
+    why = "the learning rate may be too low, or far too high"
+    if orders[0] < _ORDER:
+        why = f"shuffling its tokens would change nothing ({max(orders[0], 0):.3f} nats)"
+        if orders[1] < _ORDER:
+            why += ": their order is lost, or tells little, as in proteins"
+    return Finding(
+        "token_order" if orders[0] < _ORDER else "no_context",
+        f"the loss stays at {mean:.2f}, the entropy of the tokens' frequencies "
+        f"({statistics['entropy']:.2f}): nothing is learnt from the tokens before; {why}",
+        "note" if max(orders) < _ORDER else "alarm",
+    )
+
+
 def _diverged(
     case: Case, steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
 ) -> Finding | None:
+    """By more than the noise of the lines, told from how they differ from one to the next, lets
+    the mean of some be above the lowest of many."""
     recent = [r["train_loss"] for r in steps[-_RECENT:] if r.get("train_loss") is not None]
     before = [r["train_loss"] for r in steps[:-_RECENT] if r.get("train_loss") is not None]
     if len(recent) < _RECENT or len(before) < _RECENT:
@@ -244,7 +311,11 @@ def _diverged(
         sum(before[i : i + _RECENT]) / _RECENT for i in range(len(before) - _RECENT + 1)
     )  # fmt: skip
     mean = sum(recent) / len(recent)
-    if mean < best + 0.7:
+    if mean < best + _RISE:
+        return None
+    squares = [(b - a) ** 2 for a, b in pairwise(before)]
+    noise = math.sqrt(sum(squares) / len(squares) / 2)
+    if mean < best + _RISE_SIGMAS * noise / math.sqrt(_RECENT):
         return None
     return Finding(
         "diverged",
@@ -265,10 +336,19 @@ def _memorised(
     statistics = case.statistics
     if statistics is not None and _other_tokens(statistics):
         return None  # and said so
+    text = (
+        f"validation loss {val:.2f}, {train:.2f} on what it trains on: it learns its training "
+        "text by heart, or the validation split is of another kind"
+    )
+    if case.config.always_save_checkpoint:
+        return Finding("memorised", text)
+    best = min(
+        (e for e in evaluations if e.get("val_loss") is not None), key=lambda e: e["val_loss"]
+    )
     return Finding(
         "memorised",
-        f"validation loss {val:.2f}, {train:.2f} on what it trains on: it learns its training "
-        "text by heart, or the validation split is of another kind",
+        f"{text}; the best evaluation, {best['val_loss']:.3f} at step {best['iter']:,}, is kept",
+        "note",
     )
 
 
@@ -307,15 +387,29 @@ def _data_alone(run: Mapping[str, Any]) -> list[Finding]:
     if statistics is None:
         return []
     found = []
-    for split in ("train", "val"):
-        if (order := statistics[f"{split}_order"]) < _ORDER and statistics["entropy"] > 0.1:
-            found.append(
-                Finding(
-                    "token_order",
-                    f"the {split} split's order is lost: a token tells {max(order, 0):.3f} nats of "
-                    "the next, as in a shuffled text; prepare the dataset anew",
-                )
+    order = {split: statistics[f"{split}_order"] for split in ("train", "val")}
+    low, high = sorted(order, key=lambda split: order[split])
+    shortest = min(run["data"]["splits"][split]["tokens"] for split in order)
+    if shortest < max(_ENOUGH, statistics["n_seen"]) or order[low] >= _ORDER:
+        pass  # of a few tokens hardly a pair is there twice
+    elif order[high] > _IN_ORDER:
+        found.append(
+            Finding(
+                "token_order",
+                f"the {low} split's order is lost: a token tells {max(order[low], 0):.3f} nats of "
+                f"the next, as in a shuffled text, in the {high} split {order[high]:.3f}; prepare "
+                "the dataset anew",
             )
+        )
+    elif order[high] < _ORDER and statistics["entropy"] > 0.1:
+        found.append(
+            Finding(
+                "token_order",
+                f"a token tells little of the next, {max(order['train'], 0):.3f} nats: so it is in "
+                "proteins and DNA, and in a shuffled text",
+                "note",
+            )
+        )
     if _other_tokens(statistics):
         found.append(
             Finding(
@@ -326,13 +420,13 @@ def _data_alone(run: Mapping[str, Any]) -> list[Finding]:
                 "prepare both splits anew",
             )
         )
-    known = run["data"]["vocab_size"]
-    if statistics["largest_id"] >= known:
+    n_token = run["data"]["vocab_size"]
+    if statistics["largest_id"] >= n_token:
         found.append(
             Finding(
                 "tokenizer",
                 f"the training split has the token {statistics['largest_id']}, its tokenizer knows "
-                f"{known}; prepare the dataset anew",
+                f"{n_token}; prepare the dataset anew",
             )
         )
     return found
@@ -402,7 +496,6 @@ _NUMBERS: Mapping[str, tuple[Callable[[TrainConfig], _Number], _Distance]] = {
     "grad_clip": (lambda c: c.grad_clip or math.inf, _times(5)),
     "label_smoothing": (lambda c: c.label_smoothing, _apart(0.05)),
     "z_loss": (lambda c: c.z_loss, _apart(0.01)),
-    "ema_decay": (lambda c: c.ema_decay, _apart(0.5)),
     "block_size": (lambda c: c.block_size, _times(1.5)),
     "n_layer": (lambda c: c.n_layer, _times(1.3)),
     "n_embd": (lambda c: c.n_embd, _times(1.3)),
@@ -418,7 +511,8 @@ def _departures(config: TrainConfig, recipe: TrainConfig) -> list[tuple[float, F
         size = min(distance(ours, theirs), 20.0) if ours != theirs else 0.0
         if size > 0:
             found.append((size, Finding(name, _compared(name, ours, theirs))))
-    known = {*_NUMBERS, "global_batch_size", "max_iters", "decay_lr"}
+    # Averaged weights are never compared.
+    known = {*_NUMBERS, "global_batch_size", "max_iters", "decay_lr", "ema_decay"}
     ours_all, theirs_all = decisive(config), decisive(recipe)
     for name, ours in ours_all.items():
         if name not in known and ours != theirs_all[name]:
@@ -484,11 +578,13 @@ def _causes(
 
 
 def _other_rate(reference: Reference, steps: Sequence[Mapping[str, Any]]) -> Finding | None:
-    """The learning rate that the last step really had, whatever the settings say."""
+    """The learning rate that the last step really had, whatever the settings say. What is below a
+    hundredth of the highest is as good as 0, where many schedules end."""
     if not steps or not steps[-1].get("lr"):
         return None
     ours, theirs = steps[-1]["lr"], reference.lr.at(steps[-1]["iter"])[0]
-    if 0.5 < ours / theirs < 2:
+    least = max(reference.lr.mean) / 100
+    if max(theirs, least) < 2 * max(ours, least) < 4 * max(theirs, least):
         return None
     text = f"at step {steps[-1]['iter']:,} it is {ours:.1e}, the recipe's there {theirs:.1e}"
     return Finding("lr", text)

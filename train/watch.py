@@ -1,5 +1,6 @@
 """A run, watched as it goes: its newest lines judged, and what is new told once."""
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ _LOOKS = 80  # in a run, beside those at evaluations
 
 class Watch:
     """`start` and `after` give the lines to tell. It keeps a few lines of metrics, and costs a
-    millisecond where it looks at them."""
+    fraction of a millisecond where it looks at them."""
 
     def __init__(self, directory: Path, n_params: int) -> None:
         """Of the run that its directory describes; what it has logged already counts."""
@@ -26,7 +27,7 @@ class Watch:
         self._train_tokens = run["data"]["splits"]["train"]["tokens"]
         self._first: list[Mapping[str, Any]] = []
         self._steps: deque[Mapping[str, Any]] = deque(maxlen=_KEPT)
-        self._evaluations: deque[Mapping[str, Any]] = deque(maxlen=2)
+        self._evaluations: list[Mapping[str, Any]] = []  # the best one and the last
         self._told: set[str] = set()
         self._standing, self._looked_at = "", 0
         try:
@@ -35,7 +36,8 @@ class Watch:
             return
         for record in history.steps:
             self._keep(record)
-        self._evaluations.extend(history.evaluations)
+        for record in history.evaluations:
+            self._keep_evaluation(record)
 
     def start(self) -> list[str]:
         """What the settings and the data alone say, and what the run will be compared with."""
@@ -43,7 +45,7 @@ class Watch:
         known = traps(case.config, case.recipe or case.config, self._n_params, self._train_tokens)
         found = [*known, *case.data]
         self._told |= {finding.name for finding in found}
-        lines = [f"WATCH OUT {finding}" for finding in found]
+        lines = [finding.line for finding in [*found, *case.notes]]
         if reference is not None:
             lines.append(
                 f"compared with the reference curve of {reference.preset}: {reference.n_seed} "
@@ -56,7 +58,7 @@ class Watch:
         them only that something is wrong, or no longer is."""
         evaluated = "val_loss" in record
         if evaluated:
-            self._evaluations.append(record)
+            self._keep_evaluation(record)
         else:
             self._keep(record)
             every = self._case.config.max_iters / _LOOKS
@@ -71,16 +73,24 @@ class Watch:
         self._told |= {finding.name for finding in new}
         if evaluated or (changed and alarming):
             return verdict.lines()
-        return [f"WATCH OUT {finding}" for finding in new]
+        return [finding.line for finding in new]
 
     def verdict(self) -> Verdict:
         first = self._first if len(self._steps) == _KEPT else []
-        return judge(self._case, [*first, *self._steps], [*self._evaluations])
+        return judge(self._case, [*first, *self._steps], self._evaluations)
 
     def _keep(self, record: Mapping[str, Any]) -> None:
         if not self._first:
             self._first.append(record)
         self._steps.append(record)
+
+    def _keep_evaluation(self, record: Mapping[str, Any]) -> None:
+        def loss(evaluation: Mapping[str, Any]) -> float:
+            value = evaluation.get("val_loss")
+            return math.inf if value is None else value
+
+        best = min([*self._evaluations, record], key=loss)
+        self._evaluations = [record] if best is record else [best, record]
 
 
 def verdict_of(history: History) -> Verdict:

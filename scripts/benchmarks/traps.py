@@ -195,7 +195,7 @@ def read(case: Case, said: str) -> dict[str, Any]:
             step, begun = int(found[2]), True
         if line.startswith("OFF TRACK"):
             off_track_at = step if off_track_at is None else off_track_at
-        if found := re.match(r"\s*WATCH OUT \((\w+)\)", line):
+        if found := re.match(r"\s*(?:WATCH OUT|NOTE) \((\w+)\)", line):
             told.append([step, found[1]])
             if found[1] in case.names:
                 named_at = step if named_at is None else named_at
