@@ -43,7 +43,7 @@ def attend(
     run = partial(_attend, window=window, scale=scale, softcap=softcap, rate=rate)
     operands = (
         _queries(q, group),
-        _keys(k),
+        _keys_transposed(k),
         _keys(v),
         _starts(starts, k.shape[-2]),
         None if seeds is None else _of_queries(seeds, group),
@@ -90,7 +90,7 @@ def attend_backward(
 
 def _attend(
     q: Float[Array, "n g s d"],
-    k: Float[Array, "n s d"],
+    k_t: Float[Array, "n d s"],
     v: Float[Array, "n s d"],
     starts: Int[Array, "n s"] | None,
     seeds: UInt32[Array, "n g s"] | None,
@@ -106,7 +106,7 @@ def _attend(
     for i, end in _blocks(seq):
         first = 0 if window is None else max(0, i - window + 1)
         rows = q[:, :, i:end].reshape(n, -1, head_dim)
-        scores = _bent(product_transposed(rows, k[:, first:end]), scale, softcap)
+        scores = _bent(product(rows, k_t[:, :, first:end]), scale, softcap)
         position = np.tile(np.arange(i, end), group)
         seen = _visible(position[:, None], np.arange(first, end)[None, :], window, scores.shape)
         if starts is not None:
