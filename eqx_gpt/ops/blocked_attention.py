@@ -21,6 +21,8 @@ from jaxtyping import Array, Float, Int, Shaped, UInt32
 from eqx_gpt.ops.dropout import kept_by
 from eqx_gpt.ops.exp import exp_of_negative
 from eqx_gpt.ops.matmul import product, product_transposed, row_major
+from eqx_gpt.ops.platform import as_bits, from_bits
+from eqx_gpt.ops.rounding import rounded
 
 _MASKED = -1e30  # finite, so that the distance to a maximum is never inf - inf
 _SCORES = 2**19  # as many at a time as stay in the caches of a core or two: 2 MiB of float32
@@ -115,13 +117,13 @@ def _attend(
         scores = jnp.where(seen, scores, _MASKED)
         top = lax.optimization_barrier(jnp.max(scores, axis=-1, keepdims=True))
         powers = exp_of_negative(scores - jnp.broadcast_to(top, scores.shape), q.dtype)
-        weights = lax.optimization_barrier(jnp.where(seen, powers, 0).astype(q.dtype))
+        weights = lax.optimization_barrier(rounded(jnp.where(seen, powers, 0), q.dtype))
         total = jnp.sum(weights.astype(jnp.float32), axis=-1, keepdims=True)
         if seeds is not None:
             rows = jnp.broadcast_to(seeds[:, :, i:end].reshape(n, -1, 1), weights.shape)
             weights = _dropped(weights, rows, np.arange(first, end)[None, :], rate)
         mixed = product(weights, v[:, first:end])
-        mixed = (mixed / jnp.broadcast_to((1 - rate) * total, mixed.shape)).astype(q.dtype)
+        mixed = rounded(mixed / jnp.broadcast_to((1 - rate) * total, mixed.shape), q.dtype)
         outs.append(mixed.reshape(n, group, end - i, head_dim))
         sums.append((top + jnp.log(total)).reshape(n, group, end - i))
     return jnp.concatenate(outs, axis=2), jnp.concatenate(sums, axis=2)
@@ -165,7 +167,7 @@ def _attend_backward(
             start = _of_group(starts[:, j:last], group)[:, None, :]
             seen = seen & _from(start, np.arange(j, end)[:, None], shape)
         powers = exp_of_negative(jnp.minimum(scores - of_query(lse), 0), dtype)
-        weights = lax.optimization_barrier(jnp.where(seen, powers, 0).astype(dtype))
+        weights = lax.optimization_barrier(rounded(jnp.where(seen, powers, 0), dtype))
         d_weights = product_transposed(v[:, j:end], rows(d))
         kept = weights
         if seeds is not None:
@@ -174,7 +176,7 @@ def _attend_backward(
             d_weights = _dropped(d_weights, of_query(seeds), columns, rate) / (1 - rate)
         slope = scale if softcap is None else scale * (1 - jnp.square(scores / softcap))
         d_scores = weights.astype(jnp.float32) * (d_weights - of_query(delta)) * slope
-        d_scores = lax.optimization_barrier(d_scores.astype(dtype))
+        d_scores = lax.optimization_barrier(rounded(d_scores, dtype))
         dvs.append((product(kept, rows(d)) / (1 - rate)).astype(dtype))
         dks.append(product(d_scores, rows(q)).astype(dtype))
         dq = product(k_t[:, :, j:end], d_scores).reshape(n, head_dim, group, -1)
@@ -240,9 +242,17 @@ def _few_at_a_time(run: Callable, operands: tuple[Array | None, ...]) -> tuple:
     few = max(d for d in range(1, n + 1) if n % d == 0 and (d == 1 or d * scores_of_one <= _SCORES))
     if n == few:
         return run(*operands)
-    parts = jax.tree.map(lambda x: x.reshape(n // few, few, *x.shape[1:]), operands)
-    results = lax.map(lambda part: run(*part), parts)
-    return jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), results)
+    kinds = jax.eval_shape(run, *operands)
+    parts = jax.tree.map(lambda x: as_bits(x).reshape(n // few, few, *x.shape[1:]), operands)
+
+    def run_part(part: tuple[Array | None, ...]) -> tuple:
+        part = jax.tree.map(lambda x, like: from_bits(x, like.dtype), part, operands)
+        return jax.tree.map(as_bits, run(*part))
+
+    results = lax.map(run_part, parts)
+    return jax.tree.map(
+        lambda x, like: from_bits(x, like.dtype).reshape(like.shape), results, kinds
+    )
 
 
 def _queries(x: Shaped[Array, "*batch s h d"], group: int) -> Shaped[Array, "n g s d"]:

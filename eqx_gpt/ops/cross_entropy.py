@@ -25,6 +25,7 @@ from eqx_gpt.ops.int8 import Int8
 from eqx_gpt.ops.matmul import linear, product, product_transposed, transposed
 from eqx_gpt.ops.meshed import BATCH, WEIGHT, fitting, mesh_here
 from eqx_gpt.ops.platform import stored
+from eqx_gpt.ops.rounding import rounded
 from eqx_gpt.shapes import Scalar
 
 T = TypeVar("T")
@@ -278,7 +279,7 @@ def _loss_and_gradients(
         if softcap is not None:
             d_logits = d_logits * (1 - jnp.square(logits / softcap))
         d_bias = None if d_bias is None else d_bias + jnp.sum(d_logits, axis=0)
-        d_logits = stored(d_logits.astype(weight.dtype))
+        d_logits = stored(rounded(d_logits, weight.dtype))
         # Both transposed: that moves less than transposing the logits' gradient would, and of a
         # product over the whole vocabulary, the other form is slow on CPUs.
         d_weight_t = d_weight_t + product(transposed(x), d_logits)

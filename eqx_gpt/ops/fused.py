@@ -76,8 +76,12 @@ def refusal(
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 or float16, not {jnp.dtype(dtype).name}"
     q = jax.ShapeDtypeStruct((1, seq, 1, head_dim), dtype)
+
+    def forward_and_back(q: Array) -> Any:  # either can be refused
+        return jax.vjp(lambda q: _cudnn(q, q, q, window, 1.0), q)[0]
+
     try:
-        jax.eval_shape(lambda q: _cudnn(q, q, q, window, 1.0), q)
+        jax.eval_shape(forward_and_back, q)
     except (NotImplementedError, RuntimeError, ValueError) as error:
         return str(error).strip().split("\n")[0]
     return None
@@ -111,10 +115,14 @@ def attention(
 
 
 def _cudnn(q: Array, k: Array, v: Array, window: int | None, scale: float) -> Array:
-    return jax.nn.dot_product_attention(
+    seq = q.shape[1]
+    # Its gradients want an even length. A zero after the end is a key that no real query sees.
+    q, k, v = (jnp.pad(x, ((0, 0), (0, seq % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    mixed = jax.nn.dot_product_attention(
         q, k, v, scale=scale, is_causal=True, implementation="cudnn",
         local_window_size=None if window is None else (window - 1, 0),
     )  # fmt: skip
+    return mixed[:, :seq]
 
 
 def _splash(

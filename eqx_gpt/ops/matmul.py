@@ -26,6 +26,7 @@ from eqx_gpt.ops.few_rows import (
 )
 from eqx_gpt.ops.int8 import Int8
 from eqx_gpt.ops.platform import by_platform, laid_out
+from eqx_gpt.ops.rounding import rounded
 
 
 def linear(
@@ -43,7 +44,7 @@ def linear(
         y = _linear(x, weight)
     if bias is not None:
         y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
-    return y.astype(x.dtype if dtype is None else dtype)
+    return rounded(y, x.dtype if dtype is None else dtype)
 
 
 def product(

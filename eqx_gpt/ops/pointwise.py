@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from eqx_gpt.ops.matmul import product
 from eqx_gpt.ops.platform import by_platform
+from eqx_gpt.ops.rounding import rounded, widened
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "relu2", "silu"]
 
@@ -33,7 +34,7 @@ _ONE_HOT_ROWS = 1024
 def activate(x: Float[Array, "*shape"], kind: Activation) -> Float[Array, "*shape"]:
     """`kind` of each number: gelu (Hendrycks & Gimpel 2016, arXiv:1606.08415) exact or by its tanh
     formula, relu, relu squared (So et al. 2021, arXiv:2109.08668), silu."""
-    return _ACTIVATIONS[kind](x.astype(jnp.float32)).astype(x.dtype)
+    return rounded(_ACTIVATIONS[kind](widened(x)), x.dtype)
 
 
 @partial(jax.checkpoint, static_argnums=(2,))
@@ -41,8 +42,8 @@ def activate_gated(
     gate: Float[Array, "*shape"], x: Float[Array, "*shape"], kind: Activation
 ) -> Float[Array, "*shape"]:
     """activation(gate) * x (Shazeer 2020, arXiv:2002.05202)."""
-    y = _ACTIVATIONS[kind](gate.astype(jnp.float32)) * x.astype(jnp.float32)
-    return y.astype(x.dtype)
+    y = _ACTIVATIONS[kind](widened(gate)) * widened(x)
+    return rounded(y, x.dtype)
 
 
 @partial(jax.checkpoint, static_argnums=(3, 4))
@@ -55,7 +56,7 @@ def normalize(
 ) -> Float[Array, "*batch d"]:
     """The last axis with variance 1 (layernorm: and mean 0; Ba et al. 2016, arXiv:1607.06450) or
     mean square 1 (Zhang & Sennrich 2019, arXiv:1910.07467), then `* scale + bias`."""
-    y = x.astype(jnp.float32)
+    y = widened(x)
     if kind == "layernorm":
         y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
@@ -63,7 +64,7 @@ def normalize(
         y = y * jnp.broadcast_to(scale.astype(jnp.float32), y.shape)
     if bias is not None:
         y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
-    return y.astype(x.dtype)
+    return rounded(y, x.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
