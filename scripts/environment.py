@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from scripts.program_cache import OFF, keep_programs
-from scripts.vectors import use_whole_vectors
+from scripts.xla_loops import fuse_results, use_whole_vectors
 
 SWITCH = "EQX_GPT_ALLOCATOR"
 _HUGE = "glibc.malloc.hugetlb=1"  # transparent ones, by madvise
@@ -38,6 +38,7 @@ def prepare_process(name: str) -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
     if _computes_on_cpu():
         use_whole_vectors()
+        fuse_results()
     keep_programs()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny_run import ROOT
 
-from scripts import environment, program_cache, vectors
+from scripts import environment, program_cache, xla_loops
 
 # What a command may be: started with options of Python, arguments, a module path and a stdin.
 COMMAND = f"""
@@ -69,20 +69,24 @@ def test_a_command_starts_itself_once_more_and_keeps_all_it_was_given(start):
     assert err == ""
 
 
-@pytest.mark.skipif(not vectors._has_512_bits(), reason="no registers of 512 bits")
+@pytest.mark.skipif(not xla_loops._has_512_bits(), reason="no registers of 512 bits")
 @pytest.mark.parametrize(
     ("given", "flags"),
     [
-        ({"XLA_FLAGS": ""}, "--xla_cpu_prefer_vector_width=512"),
-        ({"XLA_FLAGS": "--xla_x=1"}, "--xla_x=1 --xla_cpu_prefer_vector_width=512"),
+        ({"XLA_FLAGS": ""}, f"{WIDE} {SEVERAL}"),
+        ({"XLA_FLAGS": "--xla_x=1"}, f"--xla_x=1 {WIDE} {SEVERAL}"),
         (
             {"XLA_FLAGS": "--xla_cpu_prefer_vector_width=128"},
-            "--xla_cpu_prefer_vector_width=128",
+            f"--xla_cpu_prefer_vector_width=128 {SEVERAL}",
+        ),
+        (
+            {"XLA_FLAGS": "--xla_backend_extra_options=x=1"},
+            f"--xla_backend_extra_options=x=1 {WIDE}",
         ),
         ({"XLA_FLAGS": "", "JAX_PLATFORMS": "cuda,cpu"}, ""),
     ],
 )
-def test_xla_is_told_of_wide_vectors_unless_the_user_has_a_say(start, given, flags):
+def test_xla_is_told_how_to_make_loops_unless_the_user_has_a_say(start, given, flags):
     assert start(**given)[0]["environ"].get("XLA_FLAGS", "") == flags
 
 
