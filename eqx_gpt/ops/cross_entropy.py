@@ -255,10 +255,9 @@ def _loss_and_gradients(
     weight_t = transposed(weight)
     offset = None if bias is None else bias.astype(jnp.float32)[None, :]
 
-    def add_chunk(
-        carry: tuple[Scalar, Array, Array | None], chunk: tuple[Array, Array, Array]
+    def of_chunk(
+        chunk: tuple[Array, Array, Array],
     ) -> tuple[tuple[Scalar, Array, Array | None], Array]:
-        total, d_weight_t, d_bias = carry
         x, y, mask = chunk
         logits = product_transposed(x, weight)
         if offset is not None:
@@ -278,17 +277,25 @@ def _loss_and_gradients(
         d_logits = d_logits * jnp.broadcast_to((mask / targets.size)[:, None], d_logits.shape)
         if softcap is not None:
             d_logits = d_logits * (1 - jnp.square(logits / softcap))
-        d_bias = None if d_bias is None else d_bias + jnp.sum(d_logits, axis=0)
+        d_bias = None if bias is None else jnp.sum(d_logits, axis=0)
         d_logits = stored(rounded(d_logits, weight.dtype))
         # Both transposed: that moves less than transposing the logits' gradient would, and of a
         # product over the whole vocabulary, the other form is slow on CPUs.
-        d_weight_t = d_weight_t + product(transposed(x), d_logits)
+        d_weight_t = product(transposed(x), d_logits)
         d_x = jnp.swapaxes(product_transposed(weight_t, d_logits), 0, 1).astype(x.dtype)
-        return (total + jnp.sum(loss * mask), d_weight_t, d_bias), d_x
+        return (jnp.sum(loss * mask), d_weight_t, d_bias), d_x
 
-    d_bias = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
-    zeros = (jnp.zeros((), jnp.float32), jnp.zeros(weight_t.shape, jnp.float32), d_bias)
-    (total, d_weight_t, d_bias), d_rows = lax.scan(add_chunk, zeros, (rows, labels, real))
+    def add_chunk(sums: tuple, chunk: tuple[Array, Array, Array]) -> tuple[tuple, Array]:
+        here, d_x = of_chunk(chunk)
+        return jax.tree.map(jnp.add, sums, here), d_x
+
+    # The first by itself: sums that begin with zeros would write and read all of the weight.
+    sums, d_first = of_chunk((rows[0], labels[0], real[0]))
+    d_rows = d_first[None]
+    if len(rows) > 1:
+        sums, d_rest = lax.scan(add_chunk, sums, (rows[1:], labels[1:], real[1:]))
+        d_rows = jnp.concatenate([d_rows, d_rest])
+    total, d_weight_t, d_bias = sums
     d_weight = jnp.swapaxes(d_weight_t, 0, 1).astype(dtype)
     d_hidden = d_rows.reshape(-1, hidden.shape[-1])[: targets.size].reshape(hidden.shape)
     d_bias = None if d_bias is None or bias is None else d_bias.astype(bias.dtype)
