@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import reference
@@ -27,6 +28,7 @@ from eqx_gpt.ops.dropout import dropout, kept_by, seeds_of
 from eqx_gpt.ops.exp import exp_of_negative
 from eqx_gpt.ops.matmul import linear
 from eqx_gpt.ops.pointwise import activate, activate_gated
+from eqx_gpt.ops.rounding import rounded, widened
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -411,6 +413,28 @@ def test_the_fast_exponential_has_derivatives() -> None:
     x = jnp.asarray([-3.0, -0.5], jnp.float32)
     slope = jax.grad(lambda x: jnp.sum(exp_of_negative(x, jnp.bfloat16)))(x)
     check(slope, np.exp(f64(x)), 2e-4)
+
+
+def test_rounding_is_that_of_ml_dtypes_bit_by_bit() -> None:
+    """Of numbers of every kind: subnormal, infinite, half-way between two, not a number."""
+    ends = np.arange(0, 2**16, 7, dtype=np.uint32)[:, None] << 16
+    bits = (ends + np.asarray([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)).reshape(-1)
+    x = bits.view(np.float32)
+    found = np.asarray(jax.jit(lambda x: rounded(x, jnp.bfloat16))(jnp.asarray(x)))
+    with np.errstate(all="ignore"):
+        expected = x.astype(ml_dtypes.bfloat16)
+    real = ~np.isnan(x)
+    assert (found.view(np.uint16) == expected.view(np.uint16))[real].all()
+    assert np.isnan(found.astype(np.float32)[~real]).all()
+
+
+def test_rounding_and_widening_have_slopes() -> None:
+    x = normal(0, 7, dtype=jnp.bfloat16)
+    y, pull = jax.vjp(lambda x: rounded(3 * widened(x), jnp.bfloat16), x)
+    assert y.dtype == jnp.bfloat16
+    (dx,) = pull(jnp.asarray([1, 2, 3, 4, 5, 6, 7], jnp.bfloat16))
+    assert dx.dtype == jnp.bfloat16
+    assert list(dx.astype(jnp.float32)) == [3, 6, 9, 12, 15, 18, 21]
 
 
 def test_embedding_sums_its_gradient_in_float32() -> None:

@@ -74,8 +74,17 @@ class Execution:
             )
         n_micro = config.global_batch_size // micro
         accumulate = "host" if on_cpu and n_micro > 1 else "device"
-        # XLA's CPU backend runs the body of a loop less well than straight code.
-        return Execution(dtype, micro, n_micro, accumulate, model.n_layer if on_cpu else 1)
+        unroll = model.n_layer if unrolls(platform, n_parts) else 1
+        return Execution(dtype, micro, n_micro, accumulate, unroll)
+
+
+def unrolls(platform: str, n_parts: int = 1) -> bool:
+    """Whether layers run as straight code instead of a loop.
+
+    XLA runs the body of a loop less well on CPUs, and on GPUs a loop copies what it keeps for the
+    backward pass, a fifth of a step of GPT-2. A mesh would gather all layers' weights at once.
+    """
+    return platform == "cpu" or (platform == "gpu" and n_parts == 1)
 
 
 def cpu_multiplies_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

@@ -25,7 +25,7 @@ from eqx_gpt.tree import count_params
 from train.accelerators import Accelerator, parse_devices
 from train.collectives import Traffic
 from train.config import Remat, TrainConfig, model_config
-from train.devices import Execution
+from train.devices import Execution, unrolls
 from train.loss import next_token_loss
 from train.metrics import flops_per_token
 from train.start import as_trained, computing, new_state, recipe, skeleton
@@ -451,7 +451,7 @@ def _state_size(config: TrainConfig, model_cfg: GPTConfig, n_layer: int) -> floa
 
 
 def _shorter(model_cfg: GPTConfig, n_layer: int) -> GPTConfig:
-    unroll = n_layer if jax.default_backend() == "cpu" else 1
+    unroll = n_layer if unrolls(jax.default_backend()) else 1
     layers = model_cfg.layers[:n_layer]
     return dataclasses.replace(model_cfg, n_layer=n_layer, layers=layers, unroll=unroll)
 
