@@ -38,8 +38,17 @@ def prepare_process(name: str) -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
     if _computes_on_cpu():
         use_whole_vectors()
-        fuse_results()
     keep_programs()
+
+
+def prepare_optimizer(name: str) -> None:
+    """Once a command knows which optimizer it will run, before jax computes anything.
+
+    With `fuse_results`, Adafactor's step would hold one copy more of all weights, and its user has
+    no memory to spare.
+    """
+    if name != "adafactor" and _computes_on_cpu():
+        fuse_results()
 
 
 def describe_process() -> str:

@@ -11,7 +11,7 @@ from typing import Annotated
 # `scripts/` comes first otherwise, and `scripts/train.py` would hide the package `train`.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from scripts.environment import prepare_process  # noqa: E402
+from scripts.environment import prepare_optimizer, prepare_process  # noqa: E402
 
 prepare_process(__name__)  # may start this anew, so it comes before the slow imports
 
@@ -51,6 +51,7 @@ def main() -> int:
         config = dataclasses.replace(config, init_from=base.init_from)
     recipe = base if wishes.preset is None or resume else get_preset(wishes.preset)
     config.check_together()
+    prepare_optimizer(config.optimizer)
     n_token, train_tokens, pretrained = size_of(config)
 
     from train.collectives import compiled_traffic

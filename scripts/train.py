@@ -10,7 +10,11 @@ from typing import Annotated
 # `scripts/` comes first otherwise, and this file would hide the package `train`.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from scripts.environment import describe_process, prepare_process  # noqa: E402
+from scripts.environment import (  # noqa: E402
+    describe_process,
+    prepare_optimizer,
+    prepare_process,
+)
 
 prepare_process(__name__)  # may start this anew, so it comes before the slow imports
 
@@ -54,6 +58,7 @@ def main() -> int:
         config, data, said = open_data(wishes, config, alone=hosts.alone)
         if said:
             print(said, file=sys.stderr)
+    prepare_optimizer(config.optimizer)
     if auto and not resume:  # which keeps its own
         config = with_chosen_batch(config, alone=hosts.alone)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 _WIDTH = "--xla_cpu_prefer_vector_width"
 _BACKEND_OPTIONS = "--xla_backend_extra_options"
+_SEVERAL = "xla_cpu_use_multi_output_fusion"
 
 
 def use_whole_vectors() -> None:
@@ -17,9 +18,17 @@ def use_whole_vectors() -> None:
 
 
 def fuse_results() -> None:
-    """Before jax is imported: let a loop have several results, so that an optimizer's averages and
-    weights are made in one pass over memory instead of three."""
-    _add(_BACKEND_OPTIONS, "xla_cpu_use_multi_output_fusion=true")
+    """Before jax computes: let a loop have several results, so that an optimizer's averages and
+    weights are made in one pass over memory instead of three.
+
+    Other options of the backend in `XLA_FLAGS` stay, and so does what they say of this one.
+    """
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    for i, flag in enumerate(flags):
+        if flag.startswith(_BACKEND_OPTIONS) and _SEVERAL not in flag:
+            flags[i] = f"{flag},{_SEVERAL}=true"
+            os.environ["XLA_FLAGS"] = " ".join(flags)
+    _add(_BACKEND_OPTIONS, f"{_SEVERAL}=true")
 
 
 def _add(flag: str, value: str) -> None:

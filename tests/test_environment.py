@@ -69,25 +69,44 @@ def test_a_command_starts_itself_once_more_and_keeps_all_it_was_given(start):
     assert err == ""
 
 
+WIDE = "--xla_cpu_prefer_vector_width=512"
+OPTIONS = "--xla_backend_extra_options"
+SEVERAL = "xla_cpu_use_multi_output_fusion=true"
+
+
 @pytest.mark.skipif(not xla_loops._has_512_bits(), reason="no registers of 512 bits")
 @pytest.mark.parametrize(
     ("given", "flags"),
     [
-        ({"XLA_FLAGS": ""}, f"{WIDE} {SEVERAL}"),
-        ({"XLA_FLAGS": "--xla_x=1"}, f"--xla_x=1 {WIDE} {SEVERAL}"),
+        ({"XLA_FLAGS": ""}, WIDE),
+        ({"XLA_FLAGS": "--xla_x=1"}, f"--xla_x=1 {WIDE}"),
         (
             {"XLA_FLAGS": "--xla_cpu_prefer_vector_width=128"},
-            f"--xla_cpu_prefer_vector_width=128 {SEVERAL}",
-        ),
-        (
-            {"XLA_FLAGS": "--xla_backend_extra_options=x=1"},
-            f"--xla_backend_extra_options=x=1 {WIDE}",
+            "--xla_cpu_prefer_vector_width=128",
         ),
         ({"XLA_FLAGS": "", "JAX_PLATFORMS": "cuda,cpu"}, ""),
     ],
 )
-def test_xla_is_told_how_to_make_loops_unless_the_user_has_a_say(start, given, flags):
+def test_xla_is_told_of_wide_vectors_unless_the_user_has_a_say(start, given, flags):
     assert start(**given)[0]["environ"].get("XLA_FLAGS", "") == flags
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "platforms", "given", "flags"),
+    [
+        ("adamw", "cpu", "", f"{OPTIONS}={SEVERAL}"),
+        ("muon", "cpu", "--xla_x=1", f"--xla_x=1 {OPTIONS}={SEVERAL}"),
+        ("adamw", "cpu", f"{OPTIONS}=x=1 --xla_y=2", f"{OPTIONS}=x=1,{SEVERAL} --xla_y=2"),
+        ("adamw", "cpu", f"{OPTIONS}={SEVERAL[:-4]}false", f"{OPTIONS}={SEVERAL[:-4]}false"),
+        ("adafactor", "cpu", "", ""),  # it would take memory
+        ("adamw", "cuda", "", ""),
+    ],
+)
+def test_loops_have_several_results(monkeypatch, optimizer, platforms, given, flags):
+    monkeypatch.setenv("XLA_FLAGS", given)
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    environment.prepare_optimizer(optimizer)
+    assert os.environ["XLA_FLAGS"] == flags
 
 
 @linux

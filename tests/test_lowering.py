@@ -94,9 +94,34 @@ def test_what_cudnn_cannot_do(monkeypatch):
         monkeypatch.setattr(CUDNN, lambda: 91_000)
     assert refusal("cuda") is None
     assert refusal("cuda", window=7, seq=1000, dtype=jnp.float16) is None
-    assert refusal("cuda", seq=331) is None  # cuDNN's gradients want an even length
     assert "multiple of 8" in refusal("cuda", head_dim=60)
     assert "head dim" in refusal("cuda", head_dim=264)
+
+
+def test_cudnn_is_given_even_lengths(monkeypatch):
+    """Its gradients want them; what is added changes neither output nor gradients."""
+    plain, seen = jax.nn.dot_product_attention, []
+
+    def as_cudnn(q, k, v, *, implementation, **options):
+        assert implementation == "cudnn"
+        seen.append((q.shape[1], k.shape[1], v.shape[1]))
+        return plain(q, k, v, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", as_cudnn)
+    rng = np.random.default_rng(0)
+    for seq in (13, 14):
+        q, k, v = inputs = [rng.standard_normal((seq, head, 8)) for head in (6, 3, 3)]
+        single = [jnp.asarray(x, jnp.float32)[None] for x in inputs]
+        out, pull = jax.vjp(lambda *x: fused.attention("cuda", *x, window=5), *single)
+        expected = reference.attention(q, k, v, window=5)
+        np.testing.assert_allclose(out[0], expected, atol=1e-6)
+        # The last query's output depends on no key outside its window, and on every one inside.
+        d_q, d_k, d_v = pull(jnp.zeros_like(out).at[:, -1].set(1.0))
+        assert d_q.shape == single[0].shape
+        for d in (d_k, d_v):
+            reached = np.abs(np.asarray(d[0])).max(axis=(1, 2)) > 0
+            assert list(reached) == [False] * (seq - 5) + [True] * 5
+    assert seen == [(14, 14, 14), (14, 14, 14)]
 
 
 def test_the_choice_of_a_platform():
@@ -159,7 +184,10 @@ def lowered_decode_step(platform: str) -> str:
 
 
 # Where the CPU's arrangements are written: the programs say of every operation where it is from.
-CPU_ONLY = ('"_canonical_product', '"laid_out', "/blocked_attention.py", "/few_rows.py")
+CPU_ONLY = (
+    '"_canonical_product', '"laid_out', '"_rounded_by_integers', "/blocked_attention.py",
+    "/few_rows.py",
+)  # fmt: skip
 
 
 def test_the_cpu_has_its_arrangements():

@@ -164,12 +164,27 @@ def test_micro_batches_fit_the_mesh_at_the_same_global_batch() -> None:
     for n_parts, micro in ((1, 6), (2, 12), (4, 20), (10, 60), (15, 60)):
         execution = Execution.choose(config, model, 10**8, "gpu", n_parts=n_parts)
         assert (execution.micro_batch_size, execution.n_micro) == (micro, 60 // micro)
-        assert execution.unroll == (model.n_layer if n_parts == 1 else 1)
     on_cpu = Execution.choose(config, model, 10**8, "cpu", n_parts=4)
     assert on_cpu.micro_batch_size % 4 == 0
     config = dataclasses.replace(config, micro_batch_size=3)
     with pytest.raises(ValueError, match=r"micro_batch_size=3 .* give a multiple of 4"):
         Execution.choose(config, model, 10**8, "gpu", n_parts=4)
+
+
+@pytest.mark.parametrize(
+    ("platform", "change", "meshed", "straight"),
+    [
+        ("cpu", {}, True, True),
+        ("gpu", {}, False, True),
+        ("gpu", {}, True, False),  # of `tensor` alone: one part
+        ("gpu", {"remat": "block"}, False, False),
+        ("tpu", {}, False, False),
+    ],
+)
+def test_where_layers_are_straight_code(platform, change, meshed, straight) -> None:
+    model = GPTConfig(**change)
+    found = Execution.choose(TrainConfig(), model, 10**8, platform, meshed=meshed)
+    assert found.unroll == (model.n_layer if straight else 1)
 
 
 def test_every_mesh_of_eight_is_measured() -> None:

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from eqx_gpt.config import GPTConfig
 from eqx_gpt.ops import fused
-from train.config import TrainConfig
+from train.config import Remat, TrainConfig
 from train.metrics import flops_per_token
 
 # A CPU at 100 GFLOP/s, 300 in bfloat16, takes 10 s for this: the longest wait for progress or for
@@ -42,9 +42,10 @@ class Execution:
         platform: str,
         n_frozen: int = 0,
         n_parts: int = 1,
+        meshed: bool = False,
     ) -> "Execution":
         """For a model of so many parameters on `platform` ("cpu", "gpu", "tpu"), and micro-batches
-        that are split in `n_parts`.
+        that are split in `n_parts`; `meshed`: on a mesh of devices, whatever it splits.
 
         On a mesh as under nanoGPT's launcher: each part has batch_size sequences, as far as the
         global batch, which stays what it was, has so many.
@@ -74,17 +75,19 @@ class Execution:
             )
         n_micro = config.global_batch_size // micro
         accumulate = "host" if on_cpu and n_micro > 1 else "device"
-        unroll = model.n_layer if unrolls(platform, n_parts) else 1
+        unroll = model.n_layer if unrolls(platform, model.remat, meshed or n_parts > 1) else 1
         return Execution(dtype, micro, n_micro, accumulate, unroll)
 
 
-def unrolls(platform: str, n_parts: int = 1) -> bool:
+def unrolls(platform: str, remat: Remat, meshed: bool = False) -> bool:
     """Whether layers run as straight code instead of a loop.
 
     XLA runs the body of a loop less well on CPUs, and on GPUs a loop copies what it keeps for the
-    backward pass, a fifth of a step of GPT-2. A mesh would gather all layers' weights at once.
+    backward pass: a sixth of a step of GPT-2, all in all. But it may see in straight code that
+    what is computed again was there before, and keep it; and gather all of a mesh's weights at
+    once. The arrangements of CPUs do not let it.
     """
-    return platform == "cpu" or (platform == "gpu" and n_parts == 1)
+    return platform == "cpu" or (platform == "gpu" and remat == "none" and not meshed)
 
 
 def cpu_multiplies_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

@@ -232,7 +232,7 @@ class Trainer:
         n_params, n_frozen = count_params(shapes.model), count_params(shapes.frozen)
         platform = jax.default_backend()
         self.execution = Execution.choose(
-            config, model_cfg, n_params, platform, n_frozen, n_parts(mesh)
+            config, model_cfg, n_params, platform, n_frozen, n_parts(mesh), mesh is not None
         )
         model_cfg = dataclasses.replace(model_cfg, unroll=self.execution.unroll)
         self.flops_per_token = flops_per_token(

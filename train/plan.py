@@ -451,7 +451,7 @@ def _state_size(config: TrainConfig, model_cfg: GPTConfig, n_layer: int) -> floa
 
 
 def _shorter(model_cfg: GPTConfig, n_layer: int) -> GPTConfig:
-    unroll = n_layer if unrolls(jax.default_backend()) else 1
+    unroll = n_layer if unrolls(jax.default_backend(), model_cfg.remat) else 1
     layers = model_cfg.layers[:n_layer]
     return dataclasses.replace(model_cfg, n_layer=n_layer, layers=layers, unroll=unroll)
 

@@ -21,8 +21,7 @@ from jaxtyping import Array, Float, Int, Shaped, UInt32
 from eqx_gpt.ops.dropout import kept_by
 from eqx_gpt.ops.exp import exp_of_negative
 from eqx_gpt.ops.matmul import product, product_transposed, row_major
-from eqx_gpt.ops.platform import as_bits, from_bits
-from eqx_gpt.ops.rounding import rounded
+from eqx_gpt.ops.rounding import as_bits, from_bits, rounded
 
 _MASKED = -1e30  # finite, so that the distance to a maximum is never inf - inf
 _SCORES = 2**19  # as many at a time as stay in the caches of a core or two: 2 MiB of float32
@@ -242,16 +241,20 @@ def _few_at_a_time(run: Callable, operands: tuple[Array | None, ...]) -> tuple:
     few = max(d for d in range(1, n + 1) if n % d == 0 and (d == 1 or d * scores_of_one <= _SCORES))
     if n == few:
         return run(*operands)
-    kinds = jax.eval_shape(run, *operands)
     parts = jax.tree.map(lambda x: as_bits(x).reshape(n // few, few, *x.shape[1:]), operands)
+
+    dtypes = []
 
     def run_part(part: tuple[Array | None, ...]) -> tuple:
         part = jax.tree.map(lambda x, like: from_bits(x, like.dtype), part, operands)
-        return jax.tree.map(as_bits, run(*part))
+        results = run(*part)
+        dtypes[:] = [x.dtype for x in results]
+        return jax.tree.map(as_bits, results)
 
     results = lax.map(run_part, parts)
-    return jax.tree.map(
-        lambda x, like: from_bits(x, like.dtype).reshape(like.shape), results, kinds
+    return tuple(
+        from_bits(x, dtype).reshape(n, *x.shape[2:])
+        for x, dtype in zip(results, dtypes, strict=True)
     )
 
 

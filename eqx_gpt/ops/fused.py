@@ -78,7 +78,8 @@ def refusal(
     q = jax.ShapeDtypeStruct((1, seq, 1, head_dim), dtype)
 
     def forward_and_back(q: Array) -> Any:  # either can be refused
-        return jax.vjp(lambda q: _cudnn(q, q, q, window, 1.0), q)[0]
+        out, pull = jax.vjp(lambda q: _cudnn(q, q, q, window, 1.0), q)
+        return pull(out)
 
     try:
         jax.eval_shape(forward_and_back, q)

@@ -3,9 +3,7 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
 from jaxtyping import Array, Shaped
 
 T = TypeVar("T")
@@ -39,17 +37,3 @@ def laid_out(x: Shaped[Array, "*batch m n"]) -> Shaped[Array, "*batch m n"]:
     else:
         return x
     return lax.optimization_barrier(x.reshape(seen)).reshape(x.shape)
-
-
-def as_bits(x: Array) -> Array:
-    """bfloat16 as integers, anything else as it is: for what only moves numbers.
-
-    XLA's CPU backend copies, concatenates and updates bfloat16 by way of float32, and an update in
-    place of a part by converting the whole; integers it moves as they are.
-    """
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
-
-
-def from_bits(x: Array, dtype: DTypeLike) -> Array:
-    """What `as_bits` was made from."""
-    return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)

@@ -1,4 +1,4 @@
-"""From float32 to bfloat16 and back, where it happens within other work on each number.
+"""From float32 to bfloat16 and back, where it happens within other work, and bfloat16 as integers.
 
 XLA's CPU backend makes loops that end in such a conversion half as fast as memory is: with the
 rounding in integers they are vectorized whole. The numbers are the same.
@@ -21,7 +21,8 @@ def rounded(x: Float[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*shape
 
 
 def widened(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """`x.astype(jnp.float32)`, whose gradient is `rounded`."""
+    """`x.astype(jnp.float32)`, whose gradient is `rounded`. Of bfloat16 it has no forward-mode
+    derivative, like the products around it."""
     return _widened(x) if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)
 
 
@@ -49,3 +50,17 @@ def _rounded_by_integers(x: Array) -> Array:
     up = bits + 0x7FFF + ((bits >> 16) & 1)
     bits = jnp.where(x == x, up, bits | 0x400000)  # what is not a number stays none
     return lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+
+
+def as_bits(x: Array) -> Array:
+    """bfloat16 as integers, anything else as it is: for what only moves numbers.
+
+    XLA's CPU backend copies, concatenates and updates bfloat16 by way of float32, and an update in
+    place of a part by converting the whole; integers it moves as they are.
+    """
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def from_bits(x: Array, dtype: DTypeLike) -> Array:
+    """What `as_bits` was made from."""
+    return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)

@@ -18,6 +18,7 @@ from eqx_gpt.config import GPTConfig
 from eqx_gpt.gpt import GPT
 from scripts.benchmarks.job import Job
 from scripts.benchmarks.serve import Prepared, timed
+from scripts.environment import prepare_optimizer
 from train.config import TrainConfig
 from train.devices import Execution
 from train.metrics import flops_per_token
@@ -49,6 +50,7 @@ def _use_reference_ops() -> None:
 
 def _train(job: Job, settings: dict[str, Any]) -> Prepared:
     """The optimizer step of `train/loop.py`, on one batch of random tokens again and again."""
+    prepare_optimizer(TrainConfig().optimizer)
     model_cfg = dataclasses.replace(GPTConfig.from_dict(job.config), dropout=0.0)
     config = TrainConfig(
         batch_size=job.batch_size,
