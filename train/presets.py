@@ -84,8 +84,8 @@ _FINETUNE_SHAKESPEARE_24GB = replace(
     checkpoint_minutes=0.0,
 )
 
-# Ours: the model, data and batch of nanoGPT's recipe, as fast as we can to the loss that it ends
-# with, over the whole validation split. What was tried is in CONTRIBUTING.md.
+# Ours: the size of model and the data of nanoGPT's recipe, as fast as we can to the loss that it
+# ends with, over the whole validation split. What was tried is in CONTRIBUTING.md.
 _MODERN = {
     "position": "rope",
     "norm": "rmsnorm",
