@@ -1,11 +1,15 @@
 """The compiled train step of a CPU: an upgrade that loses the fast products shows here."""
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import pytest
+from tiny_run import ROOT
 
 from eqx_gpt import GPT, GPTConfig, get_config
 from eqx_gpt.config import AttentionConfig
@@ -54,8 +58,29 @@ def products(text: str) -> list[tuple[str, list[str]]]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_product_of_a_step_is_a_fast_one(name):
-    config = MODELS[name]
-    text = compiled_step(config)
+    check_products(MODELS[name], compiled_step(MODELS[name]))
+
+
+def test_the_flags_of_training_keep_products_fast():
+    """And loops have several results by them. Flags are read once a process."""
+    code = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from scripts.xla_loops import fuse_results, use_whole_vectors
+use_whole_vectors()
+fuse_results()
+from test_compiled import MODELS, compiled_step
+print(compiled_step(MODELS["gpt2"]))
+"""
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    check_products(MODELS["gpt2"], done.stdout)
+    assert re.search(r"= \(f32\[[\d,]+\]\S*, f32\[[\d,]+\]\S*\) fusion\(", done.stdout)
+
+
+def check_products(config: GPTConfig, text: str) -> None:
     found = products(text)
     # A layer has 4 maps (5 with a gate) of 3 products and attention of 7; the head has 3.
     maps = 5 if config.mlp.kind == "gated" else 4

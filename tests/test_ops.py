@@ -106,6 +106,7 @@ def test_gradients_of_attention_with_a_window_a_scale_and_a_soft_cap(
 ) -> None:
     """Against differences along random directions in float64."""
     monkeypatch.setattr(blocked_attention_module, "_block_size", lambda seq: 2)
+    monkeypatch.setattr(blocked_attention_module, "_SCORES", 1)
     inputs = attention_inputs((), 6, 2, SEQ, dtype)
     g = normal(3, *inputs[0].shape, dtype=dtype)
     exact = [f64(x) for x in inputs]
@@ -158,8 +159,9 @@ def test_attention_with_extreme_scores() -> None:
     check(causal_attention(q, k, v), reference.attention(f64(q), f64(k), f64(v)), 1e-3)
 
 
-def test_attention_in_bfloat16() -> None:
+def test_attention_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two roundings of the result: of the softmax, and of the output."""
+    monkeypatch.setattr(blocked_attention_module, "_SCORES", 1)
     q, k, v = attention_inputs((17,), 6, 2, SEQ, jnp.bfloat16)
     q = 32 * q  # scores so large that a rounding of them would show
     out = causal_attention(q, k, v)

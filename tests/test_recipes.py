@@ -97,7 +97,7 @@ def test_average_is_its_formula():
     state = TrainState.init(model, recipe.optimizer, averaged=True)
     windows = jax.random.randint(jax.random.key(2), (1, 3, 6), 0, 7)
     expected = None
-    for _ in range(4):
+    for _ in range(20):
         state, _ = train_step((recipe, windows), state)
         x = np.asarray(state.params.wte.weight, np.float64)
         expected = x if expected is None else 0.75 * expected + 0.25 * x
@@ -131,6 +131,14 @@ def test_target_ends_the_run(data, tmp_path, capsys):
     assert whole_loss(model, data.tokens("val"), 12) == pytest.approx(reached, abs=0.01)
     said = capsys.readouterr().err
     assert f"target_val_loss=2.5 reached: {reached:.4f} over the whole validation split" in said
+
+
+def test_a_target_that_is_missed_is_said(data, tmp_path, capsys):
+    config = tiny(tmp_path / "run", dropout=0.0, target_val_loss=0.1)
+    outcome = run_training(config, data)
+    said = capsys.readouterr().err
+    assert f"target_val_loss=0.1 not reached: {outcome.val_loss:.4f} over the whole" in said
+    assert f"after the last of max_iters={config.max_iters} steps" in said
 
 
 def test_seconds_since_start_count_from_before_the_imports():

@@ -167,8 +167,8 @@ class TrainConfig:
     eval_only: bool = False
     """Evaluate once and stop."""
     target_val_loss: float | None = None
-    """Stop once the loss over the whole validation split is at most this. Evaluations are then of
-    that split, whole, and of no other."""
+    """Stop once the loss over the whole validation split is at most this, in the run's precision.
+    Evaluations in training are then of that split, whole, and of no other."""
     log_interval: int = 1
     """Steps between lines of metrics."""
     sample_interval: int = 0
@@ -186,8 +186,8 @@ class TrainConfig:
     ends with its last checkpoint. 0: it takes its time."""
 
     precision: Precision = "auto"
-    """What the model computes in; parameters and optimizer are float32. auto: bfloat16 on an
-    accelerator, float32 on a CPU."""
+    """What the model computes in; parameters and optimizer are float32. auto: bfloat16 where the
+    device multiplies it (accelerators; CPUs with AVX512-BF16 or AMX), else float32."""
     remat: Remat = "none"
     """Activations to make again in the backward pass instead of keeping them: none; all within a
     block; all but the results of its matrix products (dots)."""
@@ -270,7 +270,8 @@ class TrainConfig:
             raise ValueError(
                 "learning_rate=0 gives muon no schedule; freeze what shall not learn with --freeze"
             )
-        if self.moment_dtype == "bfloat16" and self.optimizer == "adamw" and self.beta2 > 0.99:
+        runs_adam = self.optimizer in ("adamw", "muon")
+        if self.moment_dtype == "bfloat16" and runs_adam and self.beta2 > 0.99:
             raise ValueError(
                 f"beta2={self.beta2} adds less to the second moment than moment_dtype='bfloat16' "
                 "can hold; give --beta2 0.99 or less, or keep the moments in float32"

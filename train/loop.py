@@ -513,6 +513,11 @@ class Trainer:
                 f"target_val_loss={target} reached: {loss:.4f} over the whole validation split "
                 f"after {step} steps, {seconds:.1f} s from the start of the process"
             )
+        elif step == self.config.max_iters:
+            self.display.line(
+                f"target_val_loss={target} not reached: {loss:.4f} over the whole validation split "
+                f"after the last of max_iters={step} steps; give more of them, or another --seed"
+            )
 
     def _at_target(self) -> bool:
         """Was the target reached by the newest step?"""

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, PyTree
 
 from eqx_gpt.gpt import GPT
 from eqx_gpt.ops.matmul import product, transposed
+from eqx_gpt.ops.rounding import rounded
 from eqx_gpt.tree import name_of
 
 _ITERATIONS = 5
@@ -83,11 +84,11 @@ def newton_schulz(
 ) -> Float[Array, "layer m n"]:
     """U S Vᵀ -> about U Vᵀ, for m <= n: x -> a x + b (x xᵀ) x + c (x xᵀ)² x, five times."""
     norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True))
-    x = (x / jnp.broadcast_to(jnp.maximum(norm, _EPS), x.shape)).astype(dtype)
+    x = rounded(x / jnp.broadcast_to(jnp.maximum(norm, _EPS), x.shape), dtype)
     for _ in range(_ITERATIONS):
         gram = product(x, transposed(x)).astype(dtype)
         polynomial = _B * gram.astype(jnp.float32) + _C * product(gram, gram)
-        x = (_A * x.astype(jnp.float32) + product(polynomial.astype(dtype), x)).astype(dtype)
+        x = rounded(_A * x.astype(jnp.float32) + product(rounded(polynomial, dtype), x), dtype)
     return x.astype(jnp.float32)
 
 

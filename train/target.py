@@ -18,7 +18,8 @@ def whole_val_loss(
     model: GPT, data: Manifest, block_size: int, dtype: DTypeLike, progress: Progress
 ) -> float:
     """Mean loss, in nats a token, over every token of the validation split, in consecutive blocks;
-    of conversations, over every token that is learnt. As `scripts/eval.py` finds it."""
+    of conversations, over every token that is learnt. As `scripts/eval.py` finds it in the same
+    `dtype`."""
     return dataset_loss(
         model, data, "val", block_size=block_size, stride=None, dtype=dtype,
         micro_batch_size=max(1, _TOKENS // block_size), progress=progress,

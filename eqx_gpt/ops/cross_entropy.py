@@ -25,7 +25,7 @@ from eqx_gpt.ops.int8 import Int8
 from eqx_gpt.ops.matmul import linear, product, product_transposed, transposed
 from eqx_gpt.ops.meshed import BATCH, WEIGHT, fitting, mesh_here
 from eqx_gpt.ops.platform import stored
-from eqx_gpt.ops.rounding import as_bits, from_bits, rounded
+from eqx_gpt.ops.rounding import rounded
 from eqx_gpt.shapes import Scalar
 
 T = TypeVar("T")
@@ -282,8 +282,8 @@ def _loss_and_gradients(
         # Both transposed: that moves less than transposing the logits' gradient would, and of a
         # product over the whole vocabulary, the other form is slow on CPUs.
         d_weight_t = product(transposed(x), d_logits)
-        d_x = jnp.swapaxes(product_transposed(weight_t, d_logits), 0, 1).astype(x.dtype)
-        return (jnp.sum(loss * mask), d_weight_t, d_bias), as_bits(d_x)
+        d_x = jnp.swapaxes(product_transposed(weight_t, d_logits), 0, 1)
+        return (jnp.sum(loss * mask), d_weight_t, d_bias), d_x
 
     def add_chunk(sums: tuple, chunk: tuple[Array, Array, Array]) -> tuple[tuple, Array]:
         here, d_x = of_chunk(chunk)
@@ -297,8 +297,8 @@ def _loss_and_gradients(
         d_rows = jnp.concatenate([d_rows, d_rest])
     total, d_weight_t, d_bias = sums
     d_weight = jnp.swapaxes(d_weight_t, 0, 1).astype(dtype)
-    d_rows = from_bits(d_rows, hidden.dtype)
     d_hidden = d_rows.reshape(-1, hidden.shape[-1])[: targets.size].reshape(hidden.shape)
+    d_hidden = d_hidden.astype(hidden.dtype)
     d_bias = None if d_bias is None or bias is None else d_bias.astype(bias.dtype)
     return total / targets.size, (d_hidden, d_weight, d_bias)
 
