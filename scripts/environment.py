@@ -6,23 +6,20 @@ to be kept: under Linux with glibc, computing on a CPU, a command starts itself 
 unless `EQX_GPT_ALLOCATOR=off`.
 """
 
-import glob
-import importlib.util
 import os
 import platform
 import sys
 from pathlib import Path
 
+from scripts.processor import computes_on_cpu
 from scripts.program_cache import OFF, keep_programs
-from scripts.xla_loops import fuse_results, use_whole_vectors
+from scripts.xla_loops import use_whole_vectors
 
 SWITCH = "EQX_GPT_ALLOCATOR"
 _HUGE = "glibc.malloc.hugetlb=1"  # transparent ones, by madvise
 _KEPT = "glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=17179869184"
 TUNABLES = f"{_HUGE}:{_KEPT}:glibc.malloc.top_pad=268435456"
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-# What NVIDIA's, AMD's and Google's drivers make.
-_ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
 
 
 def prepare_process(name: str) -> None:
@@ -36,19 +33,9 @@ def prepare_process(name: str) -> None:
     if tunables != os.environ.get("GLIBC_TUNABLES") and sys.argv[0] in sys.orig_argv:  # not runpy
         environment = {**os.environ, "GLIBC_TUNABLES": tunables, SWITCH: "set"}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
-    if _computes_on_cpu():
+    if computes_on_cpu():
         use_whole_vectors()
     keep_programs()
-
-
-def prepare_optimizer(name: str) -> None:
-    """Once a command knows which optimizer it will run, before jax computes anything.
-
-    With `fuse_results`, Adafactor's step would hold one copy more of all weights, and its user has
-    no memory to spare.
-    """
-    if name != "adafactor" and _computes_on_cpu():
-        fuse_results()
 
 
 def describe_process() -> str:
@@ -65,7 +52,7 @@ def _wanted_tunables() -> str | None:
     current = os.environ.get("GLIBC_TUNABLES")
     if os.environ.get(SWITCH, "").lower() in (*OFF, "set") or not sys.executable:
         return current
-    if not (_has_huge_pages() and _computes_on_cpu()):
+    if not (_has_huge_pages() and computes_on_cpu()):
         return current
     theirs = current.split(":") if current else []
     named = {tunable.split("=")[0] for tunable in theirs}
@@ -79,12 +66,3 @@ def _has_huge_pages() -> bool:
     if library != "glibc" or numbers < [2, 35]:
         return False
     return os.access(_HUGE_PAGES, os.R_OK) and "[never]" not in _HUGE_PAGES.read_text()
-
-
-def _computes_on_cpu() -> bool:
-    """Will jax, which is not imported yet, compute on the CPU?"""
-    asked = os.environ.get("JAX_PLATFORMS") or os.environ.get("JAX_PLATFORM_NAME")
-    if asked:
-        return asked.split(",")[0].strip().lower() == "cpu"
-    plugins = any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
-    return not (plugins and any(glob.glob(pattern) for pattern in _ACCELERATORS))

@@ -11,7 +11,7 @@ from typing import Annotated
 # `scripts/` comes first otherwise, and `scripts/train.py` would hide the package `train`.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from scripts.environment import prepare_optimizer, prepare_process  # noqa: E402
+from scripts.environment import prepare_process  # noqa: E402
 
 prepare_process(__name__)  # may start this anew, so it comes before the slow imports
 
@@ -20,6 +20,7 @@ import tyro  # noqa: E402
 from scripts.common import parse, run_command  # noqa: E402
 from scripts.planning.display import print_plan  # noqa: E402
 from scripts.planning.known import size_of  # noqa: E402
+from scripts.xla_loops import prepare_optimizer  # noqa: E402
 from train.config import TrainConfig  # noqa: E402
 from train.presets import get_preset  # noqa: E402
 from train.resolve import base_config, first_look, without_auto  # noqa: E402

@@ -10,11 +10,7 @@ from typing import Annotated
 # `scripts/` comes first otherwise, and this file would hide the package `train`.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from scripts.environment import (  # noqa: E402
-    describe_process,
-    prepare_optimizer,
-    prepare_process,
-)
+from scripts.environment import describe_process, prepare_process  # noqa: E402
 
 prepare_process(__name__)  # may start this anew, so it comes before the slow imports
 
@@ -22,6 +18,7 @@ import tyro  # noqa: E402
 
 from scripts.common import parse, run_command  # noqa: E402
 from scripts.planning.known import with_chosen_batch  # noqa: E402
+from scripts.xla_loops import prepare_optimizer  # noqa: E402
 from train.cluster import Hosts  # noqa: E402
 from train.config import TrainConfig  # noqa: E402
 from train.manifest import Manifest, check_same_tokenizer  # noqa: E402
@@ -73,11 +70,10 @@ def main() -> int:
         if (tokenizer := find_tokenizer(config.init_from)) is not None:
             check_same_tokenizer(data, tokenizer)
         pretrained = partial(from_pretrained, config.init_from)
-    outcome = train(
+    return train(
         config, data, pretrained=pretrained, resume=resume, process=describe_process(),
         hosts=hosts, preset=wishes.preset,
-    )  # fmt: skip
-    return outcome.exit_code
+    ).exit_code  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """How XLA makes its loops for a CPU: with whole vector registers, and several results a loop."""
 
 import os
-from pathlib import Path
+
+from scripts.processor import computes_on_cpu, has_512_bits
 
 _WIDTH = "--xla_cpu_prefer_vector_width"
 _BACKEND_OPTIONS = "--xla_backend_extra_options"
@@ -13,7 +14,7 @@ def use_whole_vectors() -> None:
 
     XLA by itself takes half. What `XLA_FLAGS` says of it already stays.
     """
-    if _has_512_bits():
+    if has_512_bits():
         _add(_WIDTH, "512")
 
 
@@ -24,21 +25,27 @@ def fuse_results() -> None:
     Other options of the backend in `XLA_FLAGS` stay, and so does what they say of this one.
     """
     flags = os.environ.get("XLA_FLAGS", "").split()
-    for i, flag in enumerate(flags):
-        if flag.startswith(_BACKEND_OPTIONS) and _SEVERAL not in flag:
-            flags[i] = f"{flag},{_SEVERAL}=true"
-            os.environ["XLA_FLAGS"] = " ".join(flags)
-    _add(_BACKEND_OPTIONS, f"{_SEVERAL}=true")
+    if any(_SEVERAL in flag for flag in flags):
+        return
+    options = [i for i, flag in enumerate(flags) if flag.startswith(f"{_BACKEND_OPTIONS}=")]
+    if options:
+        flags[options[-1]] = f"{flags[options[-1]]},{_SEVERAL}=true"
+        os.environ["XLA_FLAGS"] = " ".join(flags)
+    else:
+        _add(_BACKEND_OPTIONS, f"{_SEVERAL}=true")
+
+
+def prepare_optimizer(name: str) -> None:
+    """Once a command knows which optimizer it will run, before jax computes anything.
+
+    With `fuse_results`, Adafactor's step would hold one copy more of all weights, and its user has
+    no memory to spare.
+    """
+    if name != "adafactor" and computes_on_cpu():
+        fuse_results()
 
 
 def _add(flag: str, value: str) -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if flag not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {flag}={value}".strip()
-
-
-def _has_512_bits() -> bool:
-    try:
-        return "avx512f" in Path("/proc/cpuinfo").read_text().split()
-    except OSError:  # not Linux
-        return False

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny_run import ROOT
 
-from scripts import environment, program_cache, xla_loops
+from scripts import environment, processor, program_cache, xla_loops
 
 # What a command may be: started with options of Python, arguments, a module path and a stdin.
 COMMAND = f"""
@@ -74,7 +74,7 @@ OPTIONS = "--xla_backend_extra_options"
 SEVERAL = "xla_cpu_use_multi_output_fusion=true"
 
 
-@pytest.mark.skipif(not xla_loops._has_512_bits(), reason="no registers of 512 bits")
+@pytest.mark.skipif(not processor.has_512_bits(), reason="no registers of 512 bits")
 @pytest.mark.parametrize(
     ("given", "flags"),
     [
@@ -105,8 +105,17 @@ def test_xla_is_told_of_wide_vectors_unless_the_user_has_a_say(start, given, fla
 def test_loops_have_several_results(monkeypatch, optimizer, platforms, given, flags):
     monkeypatch.setenv("XLA_FLAGS", given)
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
-    environment.prepare_optimizer(optimizer)
+    xla_loops.prepare_optimizer(optimizer)
     assert os.environ["XLA_FLAGS"] == flags
+
+
+@pytest.mark.parametrize(
+    ("command", "computing"),
+    [("train.py", "with_chosen_batch(config"), ("plan.py", "from train.plan import")],
+)
+def test_flags_are_set_before_anything_computes(command, computing):
+    text = (ROOT / "scripts" / command).read_text()
+    assert text.index("prepare_optimizer(config.optimizer)") < text.index(computing)
 
 
 @linux
@@ -136,13 +145,13 @@ def test_importing_changes_nothing(monkeypatch):
 def test_an_accelerator_needs_its_device_and_its_plugin(monkeypatch, tmp_path):
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     (tmp_path / "nvidia0").touch()
-    monkeypatch.setattr(environment, "_ACCELERATORS", (str(tmp_path / "nvidia[0-9]*"),))
-    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)
-    assert environment._computes_on_cpu()
-    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: object())
-    assert not environment._computes_on_cpu()
+    monkeypatch.setattr(processor, "_ACCELERATORS", (str(tmp_path / "nvidia[0-9]*"),))
+    monkeypatch.setattr(processor.importlib.util, "find_spec", lambda name: None)
+    assert processor.computes_on_cpu()
+    monkeypatch.setattr(processor.importlib.util, "find_spec", lambda name: object())
+    assert not processor.computes_on_cpu()
     (tmp_path / "nvidia0").unlink()
-    assert environment._computes_on_cpu()
+    assert processor.computes_on_cpu()
 
 
 def test_where_programs_are_kept(start, tmp_path):

@@ -180,11 +180,14 @@ def test_micro_batches_fit_the_mesh_at_the_same_global_batch() -> None:
         ("gpu", {"remat": "block"}, False, False),
         ("tpu", {}, False, False),
     ],
+    ids=str,
 )
 def test_where_layers_are_straight_code(platform, change, meshed, straight) -> None:
     model = GPTConfig(**change)
     found = Execution.choose(TrainConfig(), model, 10**8, platform, meshed=meshed)
     assert found.unroll == (model.n_layer if straight else 1)
+    split = Execution.choose(TrainConfig(), model, 10**8, platform, n_parts=2)
+    assert split.unroll == (model.n_layer if platform == "cpu" else 1)
 
 
 def test_every_mesh_of_eight_is_measured() -> None:

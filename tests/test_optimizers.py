@@ -290,6 +290,7 @@ def test_adafactor_keeps_rows_and_columns():
         ({"decay_lr": False, "lr_schedule": "wsd"}, "lr_schedule='wsd' says nothing with decay_lr"),
         ({"optimizer": "muon", "learning_rate": 0.0}, "learning_rate=0 gives muon no schedule"),
         ({"moment_dtype": "bfloat16", "beta2": 0.999}, "beta2=0.999 adds less .* 0.99 or less"),
+        ({"optimizer": "muon", "moment_dtype": "bfloat16", "beta2": 0.999}, "beta2=0.999 adds"),
     ],
 )
 def test_contradictions_are_refused(fields, words):

@@ -18,7 +18,7 @@ from eqx_gpt.config import GPTConfig
 from eqx_gpt.gpt import GPT
 from scripts.benchmarks.job import Job
 from scripts.benchmarks.serve import Prepared, timed
-from scripts.environment import prepare_optimizer
+from scripts.xla_loops import prepare_optimizer
 from train.config import TrainConfig
 from train.devices import Execution
 from train.metrics import flops_per_token
