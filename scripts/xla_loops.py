@@ -14,8 +14,9 @@ def use_whole_vectors() -> None:
 
     XLA by itself takes half. What `XLA_FLAGS` says of it already stays.
     """
-    if has_512_bits():
-        _add(_WIDTH, "512")
+    flags = _flags()
+    if has_512_bits() and not any(_WIDTH in flag for flag in flags):
+        _set([*flags, f"{_WIDTH}=512"])
 
 
 def fuse_results() -> None:
@@ -24,15 +25,15 @@ def fuse_results() -> None:
 
     Other options of the backend in `XLA_FLAGS` stay, and so does what they say of this one.
     """
-    flags = os.environ.get("XLA_FLAGS", "").split()
+    flags = _flags()
     if any(_SEVERAL in flag for flag in flags):
         return
     options = [i for i, flag in enumerate(flags) if flag.startswith(f"{_BACKEND_OPTIONS}=")]
     if options:
-        flags[options[-1]] = f"{flags[options[-1]]},{_SEVERAL}=true"
-        os.environ["XLA_FLAGS"] = " ".join(flags)
+        flags[options[-1]] += f",{_SEVERAL}=true"
     else:
-        _add(_BACKEND_OPTIONS, f"{_SEVERAL}=true")
+        flags.append(f"{_BACKEND_OPTIONS}={_SEVERAL}=true")
+    _set(flags)
 
 
 def prepare_optimizer(name: str) -> None:
@@ -45,7 +46,9 @@ def prepare_optimizer(name: str) -> None:
         fuse_results()
 
 
-def _add(flag: str, value: str) -> None:
-    flags = os.environ.get("XLA_FLAGS", "")
-    if flag not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {flag}={value}".strip()
+def _flags() -> list[str]:
+    return os.environ.get("XLA_FLAGS", "").split()
+
+
+def _set(flags: list[str]) -> None:
+    os.environ["XLA_FLAGS"] = " ".join(flags)

@@ -242,7 +242,6 @@ def _few_at_a_time(run: Callable, operands: tuple[Array | None, ...]) -> tuple:
     if n == few:
         return run(*operands)
     parts = jax.tree.map(lambda x: as_bits(x).reshape(n // few, few, *x.shape[1:]), operands)
-
     dtypes = []
 
     def run_part(part: tuple[Array | None, ...]) -> tuple:

@@ -50,7 +50,6 @@ def _use_reference_ops() -> None:
 
 def _train(job: Job, settings: dict[str, Any]) -> Prepared:
     """The optimizer step of `train/loop.py`, on one batch of random tokens again and again."""
-    prepare_optimizer(TrainConfig().optimizer)
     model_cfg = dataclasses.replace(GPTConfig.from_dict(job.config), dropout=0.0)
     config = TrainConfig(
         batch_size=job.batch_size,
@@ -58,6 +57,7 @@ def _train(job: Job, settings: dict[str, Any]) -> Prepared:
         block_size=job.seq,
         precision=settings.get("precision", "auto"),
     )
+    prepare_optimizer(config.optimizer)
     skeleton = eqx.filter_eval_shape(lambda: GPT.init(model_cfg, key=jax.random.key(0)))
     n_params = eqx_gpt.count_params(skeleton)
     execution = Execution.choose(config, model_cfg, n_params, jax.default_backend())
