@@ -72,6 +72,7 @@ def attend_backward(
     group = q.shape[-2] // k.shape[-2]
     # What the softmax takes off the gradient of each weight: sum(weights * d_weights).
     delta = jnp.sum(d.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    delta = lax.optimization_barrier(delta)  # XLA would join the reshapes below to the slow sum
     operands = (
         _queries(q, group),
         _keys(k),
