@@ -4,6 +4,7 @@ The programs are in `eqx_gpt/decoding.py` and `eqx_gpt/speculative.py`. Shapes a
 that prompts and outputs of similar lengths share their programs.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -15,12 +16,14 @@ from jaxtyping import Array, Float, Int
 
 from eqx_gpt.cache import KVCache
 from eqx_gpt.config import GPTConfig
-from eqx_gpt.decoding import Rules, State, decode, prefill, slide
+from eqx_gpt.decoding import Rules, State, cache_dtype, decode, prefill, slide, with_room
 from eqx_gpt.gpt import GPT, check_tokens
 from eqx_gpt.inference import lay_out
 from eqx_gpt.sampling import Sampler
 from eqx_gpt.shapes import PRNGKey, Tokens, TokensLike
 from eqx_gpt.speculative import Draft, read_prompt, speculate
+
+_SMALL_CACHE = 2**23  # bytes
 
 
 def generate(
@@ -224,12 +227,19 @@ class _Run:
             longest = min(longest, self.draft.model.config.block_size)
         # A round writes what it cannot keep.
         spare = 0 if self.draft is None else self.draft.n_token + 1
-        total = rounded_up(n + self.n_new + spare)
+        self.total = rounded_up(n + self.n_new + spare)
+        n_row = math.prod(prompt.shape[:-1])
+        # Elsewhere than on a CPU another program takes longer than it saves.
+        inputs = jax.tree.leaves((self.model, prompt, self.rules, start))
+        traced = any(isinstance(x, jax.core.Tracer) for x in inputs)
+        at_once = self.draft is not None or traced or jax.default_backend() != "cpu"
+        room = self.total if at_once else first_room(self.model, n_row, n + 1)
+        self.room = min(room, self.total)
         padding = [(0, 0)] * (prompt.ndim - 1) + [(0, min(rounded_up(n), longest) - n)]
         window = jax.device_put(xp.pad(prompt[..., seq - n :], padding))
         if self.draft is not None:
-            self.draft_cache = read_prompt(self.draft, window, jnp.int32(n), start, total)
-        return prefill(self.model, self.rules, window, jnp.int32(n), start, total)
+            self.draft_cache = read_prompt(self.draft, window, jnp.int32(n), start, self.total)
+        return prefill(self.model, self.rules, window, jnp.int32(n), start, self.room)
 
     def _continued(self, state: State, reached: int, end: int) -> State:
         """Until rows are `end` tokens long, or all have stopped; `reached` are there at least."""
@@ -243,11 +253,22 @@ class _Run:
                     (model, self.draft, rules, *ends), state, self.draft_cache
                 )
                 reached = min(end, last + 1)
-        if reached < cached_end:
-            state = decode((model, rules, jnp.int32(cached_end)), state)
+        while reached < cached_end:
+            if reached == self.room:
+                if np.asarray(state.done).all():
+                    return state
+                state = self._with_room(state, min(2 * self.room, self.total))
+            reached = min(cached_end, self.room)
+            state = decode((model, rules, jnp.int32(reached)), state)
         if max(reached, cached_end) < end:
-            state = slide((model, rules, jnp.int32(end)), state)
+            state = slide((model, rules, jnp.int32(end)), self._with_room(state, self.total))
         return state
+
+    def _with_room(self, state: State, room: int) -> State:
+        if room == self.room:
+            return state
+        self.room = room
+        return with_room(state, room, self.model.config.block_size)
 
     def _output(self, state: State) -> Generated:
         """The prompt and the new tokens. Rows that all stopped early repeat their last one."""
@@ -281,6 +302,20 @@ def _checked_prompt(
     if found.size and not (found.min() >= 1 and found.max() <= seq):
         raise ValueError(f"lengths must be 1 to {seq}, got {found.min()} to {found.max()}")
     return prompt, seq - jnp.asarray(found, jnp.int32)
+
+
+def first_room(model: GPT, n_row: int, n: int) -> int:
+    """For how many tokens a cache begins that holds `n`, and doubles when it is full.
+
+    Every token reads the whole of it, and all weights. Where it is small beside them, and below a
+    few megabytes, that takes less than another program.
+    """
+    config = model.config
+    values = 2 * config.n_layer * config.n_kv_head * config.head_dim * max(n_row, 1)
+    weights = sum(x.nbytes for x in jax.tree.leaves(model) if hasattr(x, "nbytes"))
+    small = max(_SMALL_CACHE, weights // 32)
+    least = small // (values * jnp.dtype(cache_dtype(model)).itemsize)
+    return max(rounded_up(n), 1 << max(6, least.bit_length()))
 
 
 def rounded_up(n: int) -> int:

@@ -1,5 +1,9 @@
 """Decoding against loops written out here, and the distribution that a sampler draws from."""
 
+import dataclasses
+import sys
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -8,7 +12,7 @@ import pytest
 import reference
 from architectures import ARCHITECTURES, lively, random_tokens
 
-from eqx_gpt import GPT, generate
+from eqx_gpt import GPT, generate, generate_with_logprobs, pad_prompts, stream
 from eqx_gpt.sampling import Sampler
 
 logits = eqx.filter_jit(lambda model, tokens: model(tokens))
@@ -34,6 +38,38 @@ def greedy(model: GPT, prompt: np.ndarray, n_new: int) -> np.ndarray:
 
 
 # Greedy
+
+
+@pytest.fixture
+def growing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches begin with room for 64 tokens, however small they are."""
+    monkeypatch.setattr(sys.modules["eqx_gpt.generate"], "_SMALL_CACHE", 0)
+
+
+def test_a_cache_that_grows_changes_no_token(growing: None) -> None:
+    """Over rooms for 64, 128 and all tokens, and on, to where the window slides."""
+    model = lively(dataclasses.replace(ARCHITECTURES["gpt2"], block_size=167))
+    prompt = random_tokens(model.config, 2, 11)
+    expected = greedy(model, prompt, 173)
+    assert np.array_equal(generate(model, prompt, 173, temperature=0.0), expected)
+    parts = list(stream(model, prompt, 173, chunk=37, temperature=0.0))
+    assert np.array_equal(np.concatenate(parts, axis=-1), expected[:, 11:])
+
+
+def test_a_cache_grows_with_all_that_belongs_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log-probabilities, penalties, prompts of different lengths, and rows that have stopped."""
+    model = lively(dataclasses.replace(ARCHITECTURES["llama"], block_size=211))
+    tokens, lengths = pad_prompts([[3, 1, 4, 1, 5], [2, 7]])
+    how: dict[str, Any] = {"lengths": lengths, "temperature": 0.0, "repetition_penalty": 1.3}
+    whole = generate_with_logprobs(model, tokens, 151, **how)
+    monkeypatch.setattr(sys.modules["eqx_gpt.generate"], "_SMALL_CACHE", 0)
+    grown = generate_with_logprobs(model, tokens, 151, **how)
+    assert np.array_equal(grown.tokens, whole.tokens)
+    np.testing.assert_allclose(grown.logprobs, whole.logprobs, rtol=1e-5, atol=1e-5)
+    stop = [int(row[30]) for row in np.asarray(whole.tokens)]
+    stopped = generate_with_logprobs(model, tokens, 151, stop=stop, **how)
+    assert stopped.passes < 64  # the rooms behind were not gone into
+    assert np.asarray(stopped.tokens)[:, -1].tolist() in ([a, b] for a in stop for b in stop)
 
 
 @pytest.mark.parametrize(
