@@ -196,6 +196,13 @@ class GPT(eqx.Module):
         blocks = tuple(self._block(layer) for layer in range(self.config.n_layer))
         return eqx.tree_at(lambda m: m.blocks, self, blocks)
 
+    def stacked(self) -> "GPT":
+        """What `unstacked` was made from."""
+        if isinstance(self.blocks, Block):
+            return self
+        blocks = jax.tree.map(lambda *layers: jnp.stack(layers), *self.blocks)
+        return eqx.tree_at(lambda m: m.blocks, self, blocks)
+
     def _made_of(self, arrays: Mapping[str, Array | Int8], config: GPTConfig) -> "GPT":
         """A model of these arrays, adapters apart, which are this one's."""
 

@@ -18,9 +18,9 @@ prepare_process(__name__)  # may start this anew, so it comes before the slow im
 import tyro  # noqa: E402
 
 from scripts.common import parse, run_command  # noqa: E402
+from scripts.cpu_devices import prepare_training  # noqa: E402
 from scripts.planning.display import print_plan  # noqa: E402
 from scripts.planning.known import size_of  # noqa: E402
-from scripts.xla_loops import prepare_optimizer  # noqa: E402
 from train.config import TrainConfig  # noqa: E402
 from train.presets import get_preset  # noqa: E402
 from train.resolve import base_config, first_look, without_auto  # noqa: E402
@@ -52,7 +52,7 @@ def main() -> int:
         config = dataclasses.replace(config, init_from=base.init_from)
     recipe = base if wishes.preset is None or resume else get_preset(wishes.preset)
     config.check_together()
-    prepare_optimizer(config.optimizer)
+    prepare_training(config)
     n_token, train_tokens, pretrained = size_of(config)
 
     from train.collectives import compiled_traffic

@@ -17,8 +17,8 @@ prepare_process(__name__)  # may start this anew, so it comes before the slow im
 import tyro  # noqa: E402
 
 from scripts.common import parse, run_command  # noqa: E402
+from scripts.cpu_devices import prepare_training  # noqa: E402
 from scripts.planning.known import with_chosen_batch  # noqa: E402
-from scripts.xla_loops import prepare_optimizer  # noqa: E402
 from train.cluster import Hosts  # noqa: E402
 from train.config import TrainConfig  # noqa: E402
 from train.manifest import Manifest, check_same_tokenizer  # noqa: E402
@@ -55,7 +55,7 @@ def main() -> int:
         config, data, said = open_data(wishes, config, alone=hosts.alone)
         if said:
             print(said, file=sys.stderr)
-    prepare_optimizer(config.optimizer)
+    prepare_training(config, apart=hosts.alone)
     if auto and not resume:  # which keeps its own
         config = with_chosen_batch(config, alone=hosts.alone)
 

@@ -20,11 +20,10 @@ TRAIN = str(Path(__file__).with_name("train.py"))
 
 def main() -> int:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__)
-    parser.epilog = (
-        "Other flags are train.py's. Exit code 1 if a loss, parameter or moment differs."
-    )
+    parser.epilog = "The rest is train.py's. Exit code 1 if a loss, parameter or moment differs."
     parser.add_argument("steps", type=int, help="how many, 3 at least")
     parser.add_argument("--interruptions", type=int, default=3, help="SIGKILL, SIGTERM, ... (3)")
+    parser.add_argument("--mesh", default="auto", help="train.py's, of each of its runs (auto)")
     options, flags = parser.parse_known_args()
     n, draw = options.steps, random.Random(0)
     if n < 3:
@@ -33,7 +32,8 @@ def main() -> int:
     fixed = [f"--max_iters={n}", "--log_interval=1", f"--checkpoint_interval={max(1, n // 5)}"]
     with tempfile.TemporaryDirectory(prefix="eqx_gpt_verify_") as place:
         straight, stopped = Path(place) / "straight", Path(place) / "stopped"
-        started = [*cheap, *flags, *fixed, "--wandb_log=False"]
+        mesh = f"--mesh={options.mesh}"  # a resumed run chooses anew
+        started = [*cheap, *flags, *fixed, mesh, "--wandb_log=False"]
         say = partial(print, file=sys.stderr)
         say(f"{n} steps without interruption")
         run([*started, f"--out_dir={straight}"])
@@ -43,7 +43,7 @@ def main() -> int:
             say(f"{sent.name} at step {step} or later")
             run(argv, sent, step, draw.random() * 0.3)
             if (stopped / "run.json").exists():
-                argv = ["--init_from=resume", f"--out_dir={stopped}"]
+                argv = ["--init_from=resume", f"--out_dir={stopped}", mesh]
         say("the rest without interruption")
         run(argv)
 

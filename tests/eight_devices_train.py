@@ -34,6 +34,7 @@ from train.step import Recipe, TrainState, train_step
 MESHES: dict[str, dict[str, int]] = {
     "fsdp=8": {"fsdp": 8},
     "tensor=8": {"tensor": 8},
+    "data=8": {"data": 8},
     "data=2,fsdp=2,tensor=2": {"data": 2, "fsdp": 2, "tensor": 2},
 }
 STEPS = 20
@@ -142,7 +143,7 @@ def memory_of_init(shape: dict[str, int]) -> dict[str, int]:
 def main(directory: Path) -> None:
     windows = random_windows()
     found: dict[str, Any] = {"programs": {}, "apart": {}, "resumed": {}}
-    for name in ("fsdp=8", "tensor=8"):
+    for name in ("fsdp=8", "tensor=8", "data=8"):
         found["programs"][name] = program(MODELS["gpt2"], MESHES[name], windows)
     found["init"] = memory_of_init(MESHES["fsdp=8"])
     # Compiling takes the time here.
@@ -156,6 +157,11 @@ def main(directory: Path) -> None:
     few = {"windows": packed_windows(), "steps": range(5), "config": config}
     runs = [run(MODELS["rotary"], shape, **few) for shape in (None, MESHES["tensor=8"])]
     found["apart"]["packed, with adapters, heads not divided"] = difference(*runs)
+    # Each device draws what its rows would be given by one alone, of every micro-batch.
+    dropping = dataclasses.replace(MODELS["rotary"], dropout=0.1)
+    few = few | {"config": config_of(micro_batch_size=8)}
+    runs = [run(dropping, shape, **few) for shape in (None, MESHES["data=8"])]
+    found["apart"]["data alone, packed, with dropout, in micro-batches"] = difference(*runs)
     found["evaluated"] = [evaluated(shape, windows, 5) for shape in (None, MESHES["fsdp=8"])]
     eight, two = MESHES["data=2,fsdp=2,tensor=2"], {"fsdp": 2}
     found["resumed"]["1 -> 8"] = resumed(directory / "up", alone, windows, None, eight)

@@ -155,7 +155,9 @@ def test_the_account_of_a_run_goes_on_over_an_interruption(config, data, monkeyp
 
 @pytest.mark.parametrize("n_micro", [1, 2])
 def test_the_first_step_finds_its_program_compiled(n_micro, config, data, monkeypatch):
-    """Accumulated on the host, where there are micro-batches, on the device otherwise."""
+    """Accumulated on the host, of micro-batches that take long, on the device otherwise."""
+    long = {"float32": 1.0, "bfloat16": 1.0}  # as if a micro-batch took long
+    monkeypatch.setattr("train.devices._CPU_FLOPS", long)
     events = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: events.append(event)
@@ -173,7 +175,9 @@ def test_the_first_step_finds_its_program_compiled(n_micro, config, data, monkey
 
     for name in ("train_step", "add_gradients", "apply_gradients"):
         monkeypatch.setattr(train.loop, name, counted(getattr(train.loop, name)))
-    config = dataclasses.replace(config, gradient_accumulation_steps=n_micro, max_iters=2)
+    config = dataclasses.replace(
+        config, gradient_accumulation_steps=n_micro, micro_batch_size=config.batch_size, max_iters=2
+    )
     try:
         jax.clear_caches()
         run_training(config, data)

@@ -1,7 +1,9 @@
 """The process that a command computes in: its memory, its cache of programs, and what it keeps."""
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +12,9 @@ from pathlib import Path
 import pytest
 from tiny_run import ROOT
 
-from scripts import environment, processor, program_cache, xla_loops
+from scripts import cpu_devices, environment, processor, program_cache, xla_loops
+from train import cores
+from train.config import TrainConfig
 
 # What a command may be: started with options of Python, arguments, a module path and a stdin.
 COMMAND = f"""
@@ -110,12 +114,46 @@ def test_loops_have_several_results(monkeypatch, optimizer, platforms, given, fl
 
 
 @pytest.mark.parametrize(
+    ("changes", "given", "n"),
+    [
+        ({}, "", 4),
+        ({"batch_size": 16}, "", 4),  # the most
+        ({"batch_size": 9}, "", 3),  # four do not divide it
+        ({"micro_batch_size": 3}, "", 1),  # and its 384 tokens are too few
+        ({"block_size": 64}, "", 3),  # 768 tokens: 256 each
+        ({"block_size": 32}, "", 1),
+        ({"n_embd": 768}, "", 1),
+        ({"optimizer": "muon"}, "", 1),
+        ({"mesh": "data=1"}, "", 1),
+        ({"init_from": "gpt2"}, "", 1),
+        ({}, "--xla_force_host_platform_device_count=7", 7),
+    ],
+)
+def test_cores_are_devices_for_small_models(monkeypatch, changes, given, n):
+    fields = {"batch_size": 12, "gradient_accumulation_steps": 1, "block_size": 128, "n_embd": 384}
+    monkeypatch.setenv("XLA_FLAGS", given)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setattr(cores, "usable_cores", lambda: 8)
+    cpu_devices.prepare_training(dataclasses.replace(TrainConfig(), **{**fields, **changes}))
+    found = re.search(r"device_count=(\d+)", os.environ["XLA_FLAGS"])
+    assert n == (1 if found is None else int(found[1]))
+
+
+def test_cores_stay_together_in_a_run_of_several_processes(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    config = TrainConfig(n_embd=128, batch_size=12)
+    cpu_devices.prepare_training(config, apart=False)
+    assert "device_count" not in os.environ["XLA_FLAGS"]
+
+
+@pytest.mark.parametrize(
     ("command", "computing"),
     [("train.py", "with_chosen_batch(config"), ("plan.py", "from train.plan import")],
 )
 def test_flags_are_set_before_anything_computes(command, computing):
     text = (ROOT / "scripts" / command).read_text()
-    assert text.index("prepare_optimizer(config.optimizer)") < text.index(computing)
+    assert text.index("prepare_training(config") < text.index(computing)
 
 
 @linux

@@ -93,13 +93,18 @@ def test_an_interrupted_run_goes_on_exactly(looks, straight, config, data, tmp_p
 def test_accumulation_from_the_host_is_interrupted_between_micro_batches(
     looks, config, data, tmp_path, monkeypatch
 ):
-    config = dataclasses.replace(config, gradient_accumulation_steps=3, max_iters=6)
-    for name, stop_after in (("straight", 10**9), ("stopped", looks)):
-        config = dataclasses.replace(config, out_dir=str(tmp_path / name))
-        outcome = interrupted(monkeypatch, stop_after, config, data)
-    assert outcome.interrupted_by == "SIGINT"
-    assert outcome.steps_done == looks // 3  # a look before the step, and two within it
-    run_training(config, data, resume=True)
+    config = dataclasses.replace(
+        config, gradient_accumulation_steps=3, micro_batch_size=config.batch_size, max_iters=6
+    )
+    long = {"float32": 1.0, "bfloat16": 1.0}  # as if a micro-batch took long
+    with pytest.MonkeyPatch.context() as slow:
+        slow.setattr("train.devices._CPU_FLOPS", long)
+        for name, stop_after in (("straight", 10**9), ("stopped", looks)):
+            config = dataclasses.replace(config, out_dir=str(tmp_path / name))
+            outcome = interrupted(monkeypatch, stop_after, config, data)
+        assert outcome.interrupted_by == "SIGINT"
+        assert outcome.steps_done == looks // 3  # a look before the step, and two within it
+        run_training(config, data, resume=True)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
 
 

@@ -165,7 +165,7 @@ def test_a_step_holds_no_gradient_or_moment_of_frozen_weights():
 
         recipe = Recipe(make_optimizer(config), jnp.dtype(jnp.float32), jax.random.key(0))
         lowered = train_step.lower((recipe, windows), new())
-        memory = lowered.compile().compiled.memory_analysis()
+        memory = lowered.compile().memory_analysis()
         bytes_of[rank] = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     model_bytes = 4 * eqx_gpt.count_params(eqx_gpt.GPT.init(shape, key=jax.random.key(0)))
     (whole, whole_temp), (low_rank, low_rank_temp) = bytes_of[0], bytes_of[2]

@@ -13,10 +13,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from eqx_gpt.config import GPTConfig
+from eqx_gpt.gpt import GPT
+from eqx_gpt.tree import count_params
 from scripts.benchmarks.meshes import MODELS, N_SEQUENCE, SEQ, shapes_of
 from train.config import TrainConfig
 from train.devices import Execution
@@ -43,17 +46,20 @@ class Device:
 
     process_index: int
     id: int
-    platform: str = "cpu"
-    device_kind: str = "cpu"
+    platform: str
 
 
-def devices(n_process: int, n_local: int) -> list[Any]:
-    return [Device(p, 8 * p + i) for p in range(n_process) for i in range(n_local)]
+def devices(n_process: int, n_local: int, platform: str = "gpu") -> list[Any]:
+    return [Device(p, 8 * p + i, platform) for p in range(n_process) for i in range(n_local)]
 
 
 def test_losses_are_those_of_one_device(found: dict[str, Any]) -> None:
     """And the windows read are the same ones, or the difference would be inf."""
-    assert found["apart"].keys() == {"gpt2", "packed, with adapters, heads not divided"}
+    assert found["apart"].keys() == {
+        "gpt2",
+        "packed, with adapters, heads not divided",
+        "data alone, packed, with dropout, in micro-batches",
+    }
     assert all(apart < 1e-5 for apart in found["apart"].values()), found["apart"]
 
 
@@ -119,6 +125,20 @@ def test_tensor_parallelism_moves_activations_and_no_weight(found: dict[str, Any
     assert all(f",{SEQ}," in s and s.endswith(f",{D // 8}]") for s in moved), moved
 
 
+def test_devices_that_split_the_data_alone_meet_once_a_step(found: dict[str, Any]) -> None:
+    """To average their gradients and the loss."""
+    collectives = found["programs"]["data=8"]
+    assert collectives.keys() == {"all-reduce"}
+    n_param = count_params(GPT.init(MODELS["gpt2"], key=jax.random.key(0)))
+    assert sum(sizes(collectives["all-reduce"])) == n_param + 1
+
+
+def test_the_cores_of_a_cpu_split_the_data() -> None:
+    mesh = choose_mesh(None, 24, devices(1, 8, "cpu"))
+    assert mesh is not None
+    assert dict(mesh.shape) == {"data": 8}
+
+
 def test_the_default_mesh() -> None:
     """data over processes, fsdp within; a single process leaves devices idle that do not divide."""
     assert choose_mesh(None, 7, devices(1, 1)) is None
@@ -156,6 +176,22 @@ def test_heads_that_the_mesh_does_not_divide_are_said() -> None:
     assert describe_mesh(mesh, MODELS["gpt2"]).startswith(", mesh tensor=8")
     said = describe_mesh(mesh, MODELS["rotary"])
     assert "tensor=8 does not divide the model's 12 heads and 4 key-value heads" in said
+
+
+@pytest.mark.parametrize(
+    ("n_embd", "n_parts", "micro"),
+    [(384, 1, 16), (384, 2, 4), (384, 4, 8), (768, 1, 48), (768, 2, 48)],
+)
+def test_on_a_cpu_the_micro_batches_of_small_models_stay_in_its_caches(
+    monkeypatch: pytest.MonkeyPatch, n_embd: int, n_parts: int, micro: int
+) -> None:
+    """1024 tokens a core; alone on one, 512."""
+    monkeypatch.setattr("train.cores.usable_cores", lambda: 4)
+    config = TrainConfig(batch_size=48, gradient_accumulation_steps=1, block_size=256)
+    model = GPTConfig(n_embd=n_embd)
+    execution = Execution.choose(config, model, 10**6, "cpu", n_parts=n_parts)
+    assert execution.micro_batch_size == micro
+    assert execution.accumulate == "device"
 
 
 def test_micro_batches_fit_the_mesh_at_the_same_global_batch() -> None:

@@ -54,8 +54,9 @@ class TrainConfig:
     gradient_accumulation_steps: int = 40
     """Micro-batches in an optimizer step."""
     micro_batch_size: int | None = None
-    """Sequences run at once, a divisor of batch_size. None: batch_size, less where one micro-batch
-    would take long (on a CPU). Without dropout the result is the same but for rounding."""
+    """Sequences run at once, a divisor of batch_size. None: batch_size; on a CPU less, where one
+    would take long, or of a small model leave the caches. Without dropout the result is the same
+    but for rounding."""
     block_size: int = 1024
     """Tokens in a sequence."""
 
@@ -194,7 +195,7 @@ class TrainConfig:
     mesh: str = "auto"
     """How the devices are arranged, such as data=2,fsdp=2,tensor=2: batches are split over data and
     fsdp, weights and optimizer over fsdp and tensor, heads over tensor. auto: data over processes,
-    fsdp over the devices of each."""
+    fsdp over the devices of each; within a CPU, data."""
     wandb_log: bool = False
     """Log to Weights & Biases as well: pip install 'eqx-gpt[wandb]'."""
     wandb_project: str = "eqx_gpt"

@@ -13,11 +13,12 @@ from jax.typing import DTypeLike
 from eqx_gpt.config import GPTConfig
 from eqx_gpt.ops import fused
 from train.config import Remat, TrainConfig
+from train.cores import cached_tokens
 from train.metrics import flops_per_token
 
-# A CPU at 100 GFLOP/s, 300 in bfloat16, takes 10 s for this: the longest wait for progress or for
-# Ctrl-C.
-_CPU_MICRO_BATCH_FLOPS = {"float32": 1e12, "bfloat16": 3e12}
+# A CPU at 100 GFLOP/s, 300 in bfloat16, takes 10 s for this: where a step is longer, the host looks
+# after each micro-batch, of so much at most, for progress and for Ctrl-C.
+_CPU_FLOPS = {"float32": 1e12, "bfloat16": 3e12}
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Execution:
     """How the arithmetic of a step is laid out on this machine.
 
     `accumulate` says who loops over the micro-batches: the compiled program on the device, or,
-    where one of them may take seconds, the host.
+    where a step takes many seconds, the host.
     """
 
     dtype: DTypeLike
@@ -54,27 +55,32 @@ class Execution:
         auto = jnp.float32 if on_cpu and not cpu_multiplies_bfloat16() else jnp.bfloat16
         dtype = jnp.dtype(auto if config.precision == "auto" else config.precision)
         micro = config.micro_batch_size
+        flops_of_one = config.block_size * flops_per_token(
+            n_params, model.n_layer, model.n_embd, config.block_size, n_frozen
+        )
+        budget = _CPU_FLOPS.get(dtype.name, 1e12)
+        long = config.global_batch_size * flops_of_one > budget
         if micro is None:
-            tokens_flops = flops_per_token(
-                n_params, model.n_layer, model.n_embd, config.block_size, n_frozen
-            )
-            budget = _CPU_MICRO_BATCH_FLOPS.get(dtype.name, 1e12)
-            affordable = budget / (tokens_flops * config.block_size)
+            cores_apart = n_parts > jax.process_count()
+            affordable, cached = budget / flops_of_one, math.inf
+            if not long:
+                cached = cached_tokens(model.n_embd, alone=cores_apart) / config.block_size
             if n_parts == 1:
-                limit = affordable if on_cpu else config.batch_size
-                micro = _largest_divisor(config.batch_size, float(limit))
+                limits = (affordable, cached) if on_cpu else (float(config.batch_size), math.inf)
+                micro = _fitting_divisor(config.batch_size, *limits)
             else:
-                limit = affordable * jax.process_count() / n_parts if on_cpu else math.inf
-                limit = min(limit, config.batch_size)
+                affordable *= jax.process_count() / n_parts
+                limits = (affordable, cached) if on_cpu else (math.inf, math.inf)
                 each = config.global_batch_size // n_parts
-                micro = n_parts * _largest_divisor(each, float(limit))
+                most = min(limits[0], float(config.batch_size))
+                micro = n_parts * _fitting_divisor(each, most, limits[1])
         elif micro % n_parts:
             raise ValueError(
                 f"micro_batch_size={micro} is not split evenly over the mesh, {n_parts} parts; "
                 f"give a multiple of {n_parts}, or leave it out"
             )
         n_micro = config.global_batch_size // micro
-        accumulate = "host" if on_cpu and n_micro > 1 else "device"
+        accumulate = "host" if on_cpu and n_micro > 1 and long else "device"
         unroll = model.n_layer if unrolls(platform, model.remat, meshed or n_parts > 1) else 1
         return Execution(dtype, micro, n_micro, accumulate, unroll)
 
@@ -129,5 +135,8 @@ def describe_arithmetic(
     return f"{products}, plain attention because of {name}: {'; '.join(sorted(map(str, why)))}"
 
 
-def _largest_divisor(n: int, limit: float) -> int:
-    return max(d for d in range(1, n + 1) if n % d == 0 and (d <= limit or d == 1))
+def _fitting_divisor(n: int, most: float, better: float) -> int:
+    """The largest divisor of `n` up to `most`, and up to `better` if it is not far below."""
+    largest = max(d for d in range(1, n + 1) if n % d == 0 and (d <= most or d == 1))
+    small = max(d for d in range(1, n + 1) if n % d == 0 and (d <= better or d == 1))
+    return small if small < largest and 4 * small >= better else largest

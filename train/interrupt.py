@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 as a request that the loop answers between two micro-batches.
+"""Ctrl-C, SIGTERM and SIGUSR1 as a request that the loop answers between steps or micro-batches.
 
 Schedulers send SIGTERM some seconds before SIGKILL, and SLURM what `--signal` names.
 """

@@ -35,7 +35,8 @@ def choose_mesh(
 
     `shape` None chooses: data over the processes, fsdp over the devices of each, so that weights
     are gathered within a host and only gradients cross the network. A single process leaves those
-    devices idle that would not divide the sequences.
+    devices idle that would not divide the sequences; on a CPU, whose devices share one memory, it
+    splits the data alone.
 
     **Raises:** ValueError if the shape is not that of the devices, or does not divide the
     sequences.
@@ -47,7 +48,8 @@ def choose_mesh(
         if n_process == 1:
             n = max(d for d in range(1, n + 1) if n_sequence % d == 0)
             devices = devices[:n]
-        shape = {"data": n_process, "fsdp": n}
+        within = n_process == 1 and devices[0].platform == "cpu"
+        shape = {"data": n} if within else {"data": n_process, "fsdp": n}
     elif (n := math.prod(shape.values())) != len(devices):
         raise ValueError(
             f"mesh={described(shape)!r} is of {n} devices, here are {len(devices)}; give sizes "

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from eqx_gpt.config import GPTConfig
@@ -27,6 +28,7 @@ from train.collectives import Traffic
 from train.config import Remat, TrainConfig, model_config
 from train.devices import Execution, unrolls
 from train.loss import next_token_loss
+from train.mesh import around, choose_mesh, n_parts, on_every_device, with_shardings
 from train.metrics import flops_per_token
 from train.start import as_trained, computing, new_state, recipe, skeleton
 from train.step import (
@@ -100,11 +102,16 @@ def planned_model(config: TrainConfig, n_token: int, pretrained: GPTConfig | Non
 def plan_here(
     config: TrainConfig, model_cfg: GPTConfig, *, auto: bool = False, say: _SAY = lambda _: None
 ) -> Plan:
-    """For this process's device.
+    """For this process's device, or its CPU as the several devices that a run would take.
 
     The micro-batch is the one that `train.py` would take; where it does not fit, or always with
     `auto`, the largest divisor of the global batch that does.
     """
+    with around(cores_mesh(config)):
+        return _plan_here(config, model_cfg, auto, say)
+
+
+def _plan_here(config: TrainConfig, model_cfg: GPTConfig, auto: bool, say: _SAY) -> Plan:
     shapes = skeleton(config, model_cfg, jnp.float32)
     n_params, n_frozen = count_params(shapes.model), count_params(shapes.frozen)
     config, execution, memory, room = choose_layout(config, model_cfg, auto=auto, say=say)
@@ -121,7 +128,10 @@ def plan_here(
         timed,
         f"{flops:.3g} FLOP a step: 6 N + 12 L d T a token",
     ]
-    if (n := jax.device_count()) > 1:
+    mesh = cores_mesh(config)
+    if mesh is not None:
+        assumptions.append(f"the CPU as {mesh.size} devices, each for its share of the sequences")
+    elif (n := jax.device_count()) > 1:
         assumptions.append(f"one device; a run takes all {n} that are here, as --mesh says")
     return Plan(
         jax.devices()[0].device_kind,
@@ -150,11 +160,15 @@ def choose_layout(
     config is that of the layout."""
     shapes = skeleton(config, model_cfg, jnp.float32)
     n_params, n_frozen = count_params(shapes.model), count_params(shapes.frozen)
-    platform, room, layouts = jax.default_backend(), _memory_here(), _layouts(config, auto)
+    platform, room = jax.default_backend(), _memory_here()
+    layouts = _layouts(config, auto, n_parts(cores_mesh(config)))
     found: dict[Execution, tuple[TrainConfig, Execution, dict[str, float], float | None]] = {}
     for candidate in layouts:
         model_cfg = dataclasses.replace(model_cfg, remat=candidate.remat)
-        execution = Execution.choose(candidate, model_cfg, n_params, platform, n_frozen)
+        mesh = cores_mesh(candidate)
+        execution = Execution.choose(
+            candidate, model_cfg, n_params, platform, n_frozen, n_parts(mesh), mesh is not None
+        )
         remat = "" if candidate.remat == "none" else f" with remat={candidate.remat}"
         say(f"compiling for micro-batches of {execution.micro_batch_size}{remat}")
         memory = _compiled_memory(candidate, model_cfg, execution)
@@ -331,7 +345,8 @@ class _Estimate:
             share = (split - 1) / split * self.n_params * n_micro
             sent = {"all-gather": 4 * share, "reduce-scatter": 4 * share}
         if data > 1:
-            sent["all-reduce"] = 8 * (data - 1) / data * self.n_params / split * n_micro
+            times = n_micro if split > 1 else 1
+            sent["all-reduce"] = 8 * (data - 1) / data * self.n_params / split * times
         return Traffic(sent, "by formula, for weights gathered and gradients summed")
 
     def step_s(self, mesh: Mapping[str, int], remat: Remat, traffic: Traffic) -> float:
@@ -351,7 +366,7 @@ def _bytes_of_a_row(config: TrainConfig, model_cfg: GPTConfig, remat: Remat) -> 
     return two - one
 
 
-def _layouts(config: TrainConfig, auto: bool) -> Iterator[TrainConfig]:
+def _layouts(config: TrainConfig, auto: bool, n_part: int) -> Iterator[TrainConfig]:
     """The config with smaller and smaller micro-batches, of the same global batch; and then the
     same again with less kept for the backward pass."""
     total = config.global_batch_size
@@ -359,7 +374,8 @@ def _layouts(config: TrainConfig, auto: bool) -> Iterator[TrainConfig]:
     for remat in _remats(config):
         if not auto:
             yield dataclasses.replace(config, remat=remat)
-        for rows in sorted((d for d in range(1, first + 1) if total % d == 0), reverse=True):
+        divisors = (d for d in range(1, first + 1) if total % d == 0 and d % n_part == 0)
+        for rows in sorted(divisors, reverse=True):
             yield dataclasses.replace(
                 config,
                 batch_size=rows,
@@ -374,12 +390,15 @@ def _compiled_memory(
 ) -> dict[str, float]:
     """What lies there from step to step, what a step's programs take besides, and the process."""
     model_cfg = dataclasses.replace(model_cfg, unroll=execution.unroll)
-    state = skeleton(config, model_cfg, execution.dtype)
+    mesh = cores_mesh(config)
+    state = with_shardings(skeleton(config, model_cfg, execution.dtype), mesh)
     fixed = eqx.filter_eval_shape(recipe, config, execution.dtype, jax.random.key(0))
     shape = (execution.micro_batch_size, config.block_size + 1)
     micro = jax.ShapeDtypeStruct(shape, jnp.int32)
     if execution.accumulate == "device":
-        windows = jax.ShapeDtypeStruct((execution.n_micro, *shape), jnp.int32)
+        windows = jax.ShapeDtypeStruct(
+            (execution.n_micro, *shape), jnp.int32, sharding=_split(mesh)
+        )
         programs = [(train_step, (fixed, windows), state)]
     else:
         gradients = eqx.filter_eval_shape(Gradients.zero, state.params)
@@ -392,9 +411,10 @@ def _compiled_memory(
         sizes = compiled(function, *arguments).memory_analysis()
         more = sizes.output_size_in_bytes - sizes.alias_size_in_bytes + sizes.temp_size_in_bytes
         temporary = max(temporary, float(more))
+    n = n_parts(mesh)  # each device has all of it
     memory = {
-        "parameters, optimizer, gradients, data": _nbytes(programs[-1][1:]),
-        "temporary": temporary,
+        "parameters, optimizer, gradients, data": n * _nbytes(programs[-1][1:]),
+        "temporary": n * temporary,
     }
     if jax.default_backend() == "cpu":
         memory["this process: Python, the compiler, its programs"] = float(_resident())
@@ -402,7 +422,7 @@ def _compiled_memory(
 
 
 def compiled(function: Any, *arguments: PyTree) -> Any:
-    """A function that `eqx.filter_jit` made, for shapes; all but its first argument is donated."""
+    """A jitted function, for shapes; all but its first argument is donated."""
 
     def is_shape(leaf: Any) -> bool:
         return isinstance(leaf, jax.ShapeDtypeStruct)
@@ -469,11 +489,13 @@ def _step_of(
 ) -> Callable[[], float]:
     """Each call takes a step, of arrays that it holds, and says how many seconds: the whole step,
     or as long as its micro-batches and its update take, of which one each was run."""
-    fixed = recipe(config, execution.dtype, jax.random.key(0))
+    mesh = cores_mesh(config)
+    fixed = recipe(config, execution.dtype, on_every_device(jax.random.key(0), mesh))
     state = new_state(config, model_cfg, jax.random.key(0), None)
     state = computing(state, execution.dtype)
     shape = (execution.n_micro, execution.micro_batch_size, config.block_size + 1)
     windows = jax.random.randint(jax.random.key(1), shape, 0, model_cfg.real_vocab_size)
+    windows = windows if mesh is None else jax.device_put(windows, _split(mesh))
 
     def whole() -> float:
         nonlocal state
@@ -518,6 +540,18 @@ def _saved_bytes(config: TrainConfig, model_cfg: GPTConfig, rows: int) -> float:
         return jax.tree.leaves(jax.vjp(loss, params)[1])
 
     return _nbytes(jax.eval_shape(backward, state.params, windows))
+
+
+def cores_mesh(config: TrainConfig) -> Mesh | None:
+    """The mesh of a run here, where its devices are of one CPU."""
+    if jax.default_backend() != "cpu" or jax.process_count() > 1 or config.mesh_shape is not None:
+        return None
+    return choose_mesh(None, config.global_batch_size)
+
+
+def _split(mesh: Mesh | None) -> NamedSharding | None:
+    """A step's windows over the devices."""
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec(None, "data"))
 
 
 def _nbytes(tree: PyTree) -> float:

@@ -2,12 +2,13 @@
 
 Gradients are accumulated over micro-batches in one of two places. On the device, `train_step`
 scans over them inside one program. From the host, `add_gradients` runs one micro-batch and
-`apply_gradients` ends the step, so that where a micro-batch takes seconds the caller can report
-and be interrupted between two of them. Both give the same step, to rounding.
+`apply_gradients` ends the step, so that where a step takes many seconds the caller can report and
+be interrupted between two of them. Both give the same step, to rounding.
 """
 
 import operator
 import warnings
+from functools import partial
 from typing import Any, Literal
 
 import equinox as eqx
@@ -22,6 +23,7 @@ from jaxtyping import Array, Int, PyTree
 
 from eqx_gpt.config import GPTConfig
 from eqx_gpt.gpt import GPT
+from eqx_gpt.ops.meshed import by_part, mesh_here
 from eqx_gpt.shapes import PRNGKey, Scalar
 from train.guard import Guard
 from train.loss import next_token_loss
@@ -141,11 +143,15 @@ def check_windows(windows: Array | Packed, config: GPTConfig, rank: int) -> None
         )
 
 
-@eqx.filter_jit(donate="all-except-first")
+# By jax.jit, for all that they take is arrays: what `eqx.filter_jit` makes waits for its results at
+# each call, and the device for the host.
+@partial(jax.jit, donate_argnums=1)
 def train_step(
     inputs: tuple[Recipe, Array | Packed], state: TrainState
 ) -> tuple[TrainState, StepMetrics]:
-    """A whole step. `windows` hold the inputs and, one further, the targets. Donates `state`.
+    """A whole step, still under way when it returns. Donates `state`.
+
+    `windows` hold the inputs and, one further, the targets.
 
     The loss is the mean over the micro-batches of their means. Of packed documents the weights
     make it that over the tokens learnt, however these spread (see `PackedWindows.batch`).
@@ -154,26 +160,19 @@ def train_step(
     """
     recipe, windows = inputs
     check_windows(windows, state.params.config, rank=3)
-
-    def add(gradients: Gradients, micro: Array | Packed) -> tuple[Gradients, None]:
-        return _add(recipe, micro, state, gradients), None
-
-    if len(jax.tree.leaves(windows)[0]) == 1:
-        micro = jax.tree.map(operator.itemgetter(0), windows)
-        gradients = _gradients(recipe, micro, state, jnp.zeros((), jnp.int32))
-    else:
-        gradients, _ = lax.scan(add, Gradients.zero(state.params), windows)
+    gradients = by_part(_summed, _Basis.of(recipe, state), windows, axis=1)
     return _apply(recipe, gradients, state)
 
 
-@eqx.filter_jit(donate="all-except-first")
+@partial(jax.jit, donate_argnums=1)
 def add_gradients(
     inputs: tuple[Recipe, Array | Packed, TrainState], gradients: Gradients
 ) -> Gradients:
     """Add one micro-batch. Donates `gradients`, which start as `Gradients.zero(state.params)`."""
     recipe, windows, state = inputs
     check_windows(windows, state.params.config, rank=2)
-    return _add(recipe, windows, state, gradients)
+    of_part = partial(_gradients, index=gradients.count)
+    return _added(gradients, by_part(of_part, _Basis.of(recipe, state), windows, axis=0))
 
 
 def apply_gradients(
@@ -185,7 +184,7 @@ def apply_gradients(
 
 # Gradients have the shapes of the state: donated, they would be taken for its new arrays, and the
 # old ones, which are updated in place otherwise, would be copied.
-@eqx.filter_jit(donate="all-except-first")
+@partial(jax.jit, donate_argnums=1)
 def apply_added(
     inputs: tuple[Recipe, Gradients], state: TrainState
 ) -> tuple[TrainState, StepMetrics]:
@@ -213,7 +212,7 @@ def compile_step(
 
 def _compile(function: Any, *arguments: PyTree) -> None:
     """A call with such arguments finds the program that this makes."""
-    with warnings.catch_warnings():  # as Equinox does when it calls
+    with warnings.catch_warnings():  # gradients are given up, though nothing takes their place
         warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
         function.lower(*arguments).compile()
 
@@ -226,24 +225,51 @@ def eval_step(
     return next_token_loss(model, windows, dtype=dtype)
 
 
-def _add(
-    recipe: Recipe, windows: Array | Packed, state: TrainState, gradients: Gradients
-) -> Gradients:
-    return jax.tree.map(jnp.add, gradients, _gradients(recipe, windows, state, gradients.count))
+class _Basis(eqx.Module):
+    """What gradients depend on beside the windows."""
+
+    recipe: Recipe
+    params: GPT
+    frozen: GPT
+    step: Int[Array, ""]
+
+    @staticmethod
+    def of(recipe: Recipe, state: TrainState) -> "_Basis":
+        return _Basis(recipe, state.params, state.frozen, state.step)
 
 
-def _gradients(
-    recipe: Recipe, windows: Array | Packed, state: TrainState, index: Array
-) -> Gradients:
+def _summed(basis: _Basis, windows: Array | Packed) -> Gradients:
+    """Over all micro-batches."""
+
+    def add(gradients: Gradients, micro: Array | Packed) -> tuple[Gradients, None]:
+        return _added(gradients, _gradients(basis, micro, gradients.count)), None
+
+    if len(jax.tree.leaves(windows)[0]) == 1:
+        micro = jax.tree.map(operator.itemgetter(0), windows)
+        return _gradients(basis, micro, jnp.zeros((), jnp.int32))
+    config = basis.params.config
+    if config.unroll < config.n_layer or config.remat != "none" or mesh_here() is not None:
+        return lax.scan(add, Gradients.zero(basis.params), windows)[0]
+    # Straight code sums each layer's by themselves, and puts them together once.
+    params, frozen = basis.params.unstacked(), basis.frozen.unstacked()
+    basis = _Basis(basis.recipe, params, frozen, basis.step)
+    total = lax.scan(add, Gradients.zero(params), windows)[0]
+    return Gradients(total.loss, total.params.stacked(), total.count)
+
+
+def _added(one: Gradients, other: Gradients) -> Gradients:
+    return jax.tree.map(jnp.add, one, other)
+
+
+def _gradients(basis: _Basis, windows: Array | Packed, index: Array) -> Gradients:
     """Of one micro-batch, the step's `index`-th."""
-    key = None
-    config = state.params.config
+    recipe, config, key = basis.recipe, basis.params.config, None
     if config.dropout > 0 or config.weights_dropout > 0:
         # A function of (seed, step, micro-batch): nothing random has to be saved.
-        key = jax.random.fold_in(jax.random.fold_in(recipe.key, state.step), index)
+        key = jax.random.fold_in(jax.random.fold_in(recipe.key, basis.step), index)
 
     def loss_of(params: GPT) -> Scalar:
-        model = eqx.combine(params, state.frozen)
+        model = eqx.combine(params, basis.frozen)
         return next_token_loss(
             model,
             windows,
@@ -253,7 +279,7 @@ def _gradients(
             label_smoothing=recipe.label_smoothing,
         )
 
-    loss, grads = eqx.filter_value_and_grad(loss_of)(state.params)
+    loss, grads = eqx.filter_value_and_grad(loss_of)(basis.params)
     return placed(Gradients(loss, grads, jnp.ones((), jnp.int32)))
 
 

@@ -9,8 +9,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from eqx_gpt.ops.meshed import here_of_parts
 from eqx_gpt.shapes import PRNGKey
 
 
@@ -30,8 +32,12 @@ def dropout(x: Float[Array, "*shape"], rate: float, key: PRNGKey | None) -> Floa
 
 
 def seeds_of(key: PRNGKey, shape: tuple[int, ...]) -> UInt32[Array, "*shape"]:
-    """One for each row of what is to be dropped."""
-    return jax.random.bits(key, shape, jnp.uint32)
+    """One for each row of what is to be dropped; a part of a batch gets those of its rows."""
+    part, n_part = here_of_parts()
+    if n_part == 1:
+        return jax.random.bits(key, shape, jnp.uint32)
+    seeds = jax.random.bits(key, (n_part * shape[0], *shape[1:]), jnp.uint32)
+    return lax.dynamic_slice_in_dim(seeds, part * shape[0], shape[0])
 
 
 def kept_by(

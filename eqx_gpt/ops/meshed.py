@@ -1,15 +1,17 @@
 """What models and kernels do on a mesh of devices; where there is none, nothing.
 
 The mesh is the one around the call, `with jax.set_mesh(mesh)`. Batches are split over its axes data
-and fsdp, heads over tensor. Everything is a number of one global array: what stands here says only
-where the parts of it lie, which the compiler would otherwise have to guess.
+and fsdp, heads over tensor. Everything but what `by_part` computes is a number of one global array:
+what stands here says only where the parts of it lie, which the compiler would otherwise have to
+guess.
 """
 
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from jaxtyping import Array
@@ -26,7 +28,7 @@ Axis = str | tuple[str, ...] | None
 def mesh_here() -> AbstractMesh | None:
     """The mesh of several devices around the call, where the compiler splits arrays over it.
 
-    None within `per_shard`, and for axes that are not ours.
+    None within `jax.shard_map`, and for axes that are not ours.
     """
     mesh = jax.sharding.get_abstract_mesh()
     ours = mesh.axis_names and set(mesh.axis_names) <= set(MESH_AXES)
@@ -80,6 +82,38 @@ def by_heads(attend: Callable[..., T], q: Array, k: Array, *rest: Array | None) 
     results = jax.tree.map(split, jax.eval_shape(attend, *args))
     in_specs = tuple(map(split, args))
     return jax.shard_map(attend, in_specs=in_specs, out_specs=results, check_vma=False)(*args)
+
+
+def by_part(compute: Callable[[Any, Any], T], whole: Any, rows: Any, *, axis: int) -> T:
+    """`compute(whole, rows)`, whose floating-point results are means over `rows`, of which `axis`
+    counts the sequences.
+
+    On a mesh of data alone, each device computes from its own sequences what one device would,
+    and the results are averaged once, at the end: nothing within it waits for another device.
+    """
+    mesh = mesh_here()
+    if mesh is None or mesh.shape.get("data") != mesh.size:
+        return compute(whole, rows)
+
+    def of_part(whole: Any, rows: Any) -> T:
+        def averaged(x: Array) -> Array:
+            return lax.pmean(x, "data") if jnp.issubdtype(x.dtype, jnp.inexact) else x
+
+        return jax.tree.map(averaged, compute(whole, rows))
+
+    split = PartitionSpec(*(None,) * axis, "data")
+    in_specs = (PartitionSpec(), split)
+    return jax.shard_map(of_part, in_specs=in_specs, out_specs=PartitionSpec(), check_vma=False)(
+        whole, rows
+    )
+
+
+def here_of_parts() -> tuple[int | Array, int]:
+    """Within `by_part`: the number of this part, and of how many. Elsewhere 0 of 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if "data" not in mesh.manual_axes or set(mesh.axis_names) - set(mesh.manual_axes):
+        return 0, 1
+    return lax.axis_index("data"), mesh.shape["data"]
 
 
 def divides_heads(mesh: jax.sharding.Mesh | AbstractMesh, n_head: int, n_kv_head: int) -> bool:

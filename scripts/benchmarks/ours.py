@@ -12,15 +12,18 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
 import eqx_gpt
 from eqx_gpt.config import GPTConfig
 from eqx_gpt.gpt import GPT
 from scripts.benchmarks.job import Job
 from scripts.benchmarks.serve import Prepared, timed
+from scripts.cpu_devices import split_cores
 from scripts.xla_loops import prepare_optimizer
 from train.config import TrainConfig
 from train.devices import Execution
+from train.mesh import choose_mesh, n_parts, on_every_device, placed
 from train.metrics import flops_per_token
 from train.optimizer import make_optimizer
 from train.step import Gradients, Recipe, TrainState, add_gradients, apply_gradients, train_step
@@ -58,16 +61,27 @@ def _train(job: Job, settings: dict[str, Any]) -> Prepared:
         precision=settings.get("precision", "auto"),
     )
     prepare_optimizer(config.optimizer)
+    split_cores(model_cfg.n_embd, job.batch_size, job.seq, config.optimizer)
+    on_cpu = jax.default_backend() == "cpu"
+    mesh = choose_mesh(None, job.batch_size) if on_cpu else None  # one GPU, as the peers take
+    if mesh is not None:
+        jax.set_mesh(mesh)  # for the rest of this process
     skeleton = eqx.filter_eval_shape(lambda: GPT.init(model_cfg, key=jax.random.key(0)))
     n_params = eqx_gpt.count_params(skeleton)
-    execution = Execution.choose(config, model_cfg, n_params, jax.default_backend())
+    backend, meshed = jax.default_backend(), mesh is not None
+    execution = Execution.choose(config, model_cfg, n_params, backend, 0, n_parts(mesh), meshed)
     model_cfg = dataclasses.replace(model_cfg, unroll=execution.unroll)
     optimizer = make_optimizer(config)
-    recipe = Recipe(optimizer, execution.dtype, jax.random.key(0))
-    new = eqx.filter_jit(lambda key: TrainState.init(GPT.init(model_cfg, key=key), optimizer))
+    recipe = Recipe(optimizer, execution.dtype, on_every_device(jax.random.key(0), mesh))
+    new = eqx.filter_jit(
+        lambda key: placed(TrainState.init(GPT.init(model_cfg, key=key), optimizer))
+    )
     state = new(jax.random.key(1))
     shape = (execution.n_micro, execution.micro_batch_size, job.seq + 1)
     windows = jax.random.randint(jax.random.key(2), shape, 0, model_cfg.real_vocab_size)
+    if mesh is not None:
+        by_core = PartitionSpec(None, mesh.axis_names)
+        windows = jax.device_put(windows, NamedSharding(mesh, by_core))
 
     def step(state: TrainState) -> tuple[TrainState, Any]:
         if execution.accumulate == "device":

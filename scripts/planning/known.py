@@ -41,7 +41,8 @@ def size_of(config: TrainConfig) -> "tuple[int, int | None, GPTConfig | None]":
 
 
 def with_chosen_batch(config: TrainConfig, *, alone: bool = True) -> TrainConfig:
-    """With the largest micro-batches that fit on this machine, of the same global batch.
+    """With the largest batch that fits on this machine, of the same global batch. A CPU takes no
+    more than it had, and that in the micro-batches of any run.
 
     ValueError if this process is not `alone`: its devices must not be touched before all have met.
     """
@@ -50,16 +51,19 @@ def with_chosen_batch(config: TrainConfig, *, alone: bool = True) -> TrainConfig
             "--batch_size auto is for a run of one process, and this one is of several; give a "
             "number: scripts/plan.py says what fits"
         )
-    from train.plan import choose_layout, planned_model
+    from train.mesh import around
+    from train.plan import choose_layout, cores_mesh, planned_model
 
     n_token, _, pretrained = size_of(config)
     model_cfg = planned_model(config, n_token, pretrained)
     say = partial(print, file=sys.stderr)
-    layout, execution, *_ = choose_layout(config, model_cfg, auto=True, say=say)
-    rows, remat = execution.micro_batch_size, layout.remat
+    with around(cores_mesh(config)):
+        layout, execution, *_ = choose_layout(config, model_cfg, auto=True, say=say)
+    rows = max(execution.micro_batch_size, min(layout.batch_size, config.batch_size))
+    remat = layout.remat
     steps = config.global_batch_size // rows
     more = "" if remat == config.remat else f", with remat={remat}"
-    say(f"batch_size auto: {rows}, in {steps} micro-batches a step, {rows * steps} as before{more}")
+    say(f"batch_size auto: {rows}, {steps} times a step, {rows * steps} as before{more}")
     return dataclasses.replace(
         config, batch_size=rows, gradient_accumulation_steps=steps, remat=remat
     )

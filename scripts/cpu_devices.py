@@ -1,0 +1,46 @@
+"""A CPU as several devices, where that is the faster way to train."""
+
+import os
+from importlib.metadata import version
+
+from scripts.processor import computes_on_cpu
+from scripts.xla_loops import prepare_optimizer
+from train.config import TrainConfig
+from train.cores import core_devices
+
+_COUNT = "--xla_force_host_platform_device_count"
+# A run that was stopped for a night, or whose machine slept, is no run that hangs: 40 s by itself.
+_PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds"
+
+
+def prepare_training(config: TrainConfig, *, apart: bool = True) -> None:
+    """Once a command knows what it will train, before jax computes: see `prepare_optimizer` and
+    `core_devices`.
+
+    Cores stay one device unless they may come `apart`, and for runs on a mesh that is named or from
+    weights that are given; what `XLA_FLAGS` says of the number of devices stays.
+    """
+    prepare_optimizer(config.optimizer)
+    if apart and config.mesh == "auto" and config.init_from == "scratch":
+        rows = config.micro_batch_size or config.global_batch_size
+        split_cores(config.n_embd, rows, config.block_size, config.optimizer)
+
+
+def split_cores(n_embd: int, rows: int, block_size: int, optimizer: str) -> None:
+    """What `prepare_training` does of them, for a model so wide."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    if not computes_on_cpu() or any(flag.startswith(_COUNT) for flag in flags):
+        return
+    n = core_devices(n_embd, rows, block_size, optimizer)
+    if n == 1:
+        return
+    flags.append(f"{_COUNT}={n}")
+    if _knows_patience() and not any(flag.startswith(_PATIENCE) for flag in flags):
+        flags.append(f"{_PATIENCE}={24 * 3600}")
+    os.environ["XLA_FLAGS"] = " ".join(flags)
+
+
+def _knows_patience() -> bool:
+    """jaxlib does since 0.8; one that does not know a flag ends the process."""
+    major, minor = version("jaxlib").split(".")[:2]
+    return (int(major), int(minor)) >= (0, 8)
