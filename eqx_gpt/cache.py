@@ -45,6 +45,15 @@ class KVCache(eqx.Module):
         k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(config.n_layer)) for _ in "kv")
         return KVCache(k, v, jnp.zeros((), jnp.int32), start, True)
 
+    def with_capacity(self, capacity: int) -> "KVCache":
+        """The same with room for `capacity` positions, no fewer than it has."""
+
+        def longer(x: Array) -> Array:
+            return jnp.pad(x, ((0, 0), (0, capacity - x.shape[1]), (0, 0)))
+
+        k, v = (tuple(map(longer, parts)) for parts in (self.k, self.v))
+        return KVCache(k, v, self.length, self.start, self.empty)
+
     def positions(self, seq: int) -> Int[Array, "*batch seq"]:
         """Of the next `seq` tokens in their sequences; of padding, 0."""
         positions = self.length + jnp.arange(seq)

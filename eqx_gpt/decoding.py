@@ -4,6 +4,7 @@ What may be asked for and how is in `eqx_gpt/generate.py`.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -209,17 +210,10 @@ def slide(inputs: tuple[GPT, Rules, Int[Array, ""]], state: State) -> State:
 def with_room(state: State, room: int, block_size: int) -> State:
     """The same with room for `room` tokens; the cache grows as far as the model can look back."""
 
-    def filled(x: Array, n: int, axis: int) -> Array:
-        shape = list(x.shape)
-        shape[axis] = n - shape[axis]
-        return jnp.concatenate([x, jnp.zeros(shape, x.dtype)], axis)
-
-    logprobs, cache = state.logprobs, state.cache
-    capacity = min(room, block_size)
-    k, v = (tuple(filled(x, capacity, 1) for x in parts) for parts in (cache.k, cache.v))
-    cache = KVCache(k, v, cache.length, cache.start, cache.empty)
-    tokens = filled(state.tokens, room, -1)
-    logprobs = None if logprobs is None else filled(logprobs, room, -1)
+    *batch, old = state.tokens.shape
+    longer = partial(jnp.pad, pad_width=[(0, 0)] * len(batch) + [(0, room - old)])
+    tokens, logprobs = jax.tree.map(longer, (state.tokens, state.logprobs))
+    cache = state.cache.with_capacity(min(room, block_size))
     return eqx.tree_at(
         lambda s: (s.tokens, s.logprobs, s.cache), state, (tokens, logprobs, cache),
         is_leaf=lambda x: x is None,

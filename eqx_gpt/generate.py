@@ -312,7 +312,7 @@ def first_room(model: GPT, n_row: int, n: int) -> int:
     """
     config = model.config
     values = 2 * config.n_layer * config.n_kv_head * config.head_dim * max(n_row, 1)
-    weights = sum(x.nbytes for x in jax.tree.leaves(model) if hasattr(x, "nbytes"))
+    weights = sum(x.nbytes for x in jax.tree.leaves(model))
     small = max(_SMALL_CACHE, weights // 32)
     least = small // (values * jnp.dtype(cache_dtype(model)).itemsize)
     return max(rounded_up(n), 1 << max(6, least.bit_length()))

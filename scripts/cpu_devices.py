@@ -1,10 +1,9 @@
 """A CPU as several devices, where that is the faster way to train."""
 
-import os
 from importlib.metadata import version
 
 from scripts.processor import computes_on_cpu
-from scripts.xla_loops import prepare_optimizer
+from scripts.xla_loops import prepare_optimizer, set_xla_flags, xla_flags
 from train.config import TrainConfig
 from train.cores import core_devices
 
@@ -21,23 +20,19 @@ def prepare_training(config: TrainConfig, *, apart: bool = True) -> None:
     weights that are given; what `XLA_FLAGS` says of the number of devices stays.
     """
     prepare_optimizer(config.optimizer)
-    if apart and config.mesh == "auto" and config.init_from == "scratch":
+    if apart and config.mesh == "auto" and config.init_from == "scratch" and computes_on_cpu():
         rows = config.micro_batch_size or config.global_batch_size
-        split_cores(config.n_embd, rows, config.block_size, config.optimizer)
+        _split(core_devices(config.n_embd, rows, config.block_size, config.optimizer))
 
 
-def split_cores(n_embd: int, rows: int, block_size: int, optimizer: str) -> None:
-    """What `prepare_training` does of them, for a model so wide."""
-    flags = os.environ.get("XLA_FLAGS", "").split()
-    if not computes_on_cpu() or any(flag.startswith(_COUNT) for flag in flags):
-        return
-    n = core_devices(n_embd, rows, block_size, optimizer)
-    if n == 1:
+def _split(n: int) -> None:
+    flags = xla_flags()
+    if n == 1 or any(flag.startswith(_COUNT) for flag in flags):
         return
     flags.append(f"{_COUNT}={n}")
     if _knows_patience() and not any(flag.startswith(_PATIENCE) for flag in flags):
         flags.append(f"{_PATIENCE}={24 * 3600}")
-    os.environ["XLA_FLAGS"] = " ".join(flags)
+    set_xla_flags(flags)
 
 
 def _knows_patience() -> bool:

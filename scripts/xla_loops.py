@@ -14,9 +14,9 @@ def use_whole_vectors() -> None:
 
     XLA by itself takes half. What `XLA_FLAGS` says of it already stays.
     """
-    flags = _flags()
+    flags = xla_flags()
     if has_512_bits() and not any(_WIDTH in flag for flag in flags):
-        _set([*flags, f"{_WIDTH}=512"])
+        set_xla_flags([*flags, f"{_WIDTH}=512"])
 
 
 def fuse_results() -> None:
@@ -25,7 +25,7 @@ def fuse_results() -> None:
 
     Other options of the backend in `XLA_FLAGS` stay, and so does what they say of this one.
     """
-    flags = _flags()
+    flags = xla_flags()
     if any(_SEVERAL in flag for flag in flags):
         return
     options = [i for i, flag in enumerate(flags) if flag.startswith(f"{_BACKEND_OPTIONS}=")]
@@ -33,7 +33,7 @@ def fuse_results() -> None:
         flags[options[-1]] += f",{_SEVERAL}=true"
     else:
         flags.append(f"{_BACKEND_OPTIONS}={_SEVERAL}=true")
-    _set(flags)
+    set_xla_flags(flags)
 
 
 def prepare_optimizer(name: str) -> None:
@@ -46,9 +46,9 @@ def prepare_optimizer(name: str) -> None:
         fuse_results()
 
 
-def _flags() -> list[str]:
+def xla_flags() -> list[str]:
     return os.environ.get("XLA_FLAGS", "").split()
 
 
-def _set(flags: list[str]) -> None:
+def set_xla_flags(flags: list[str]) -> None:
     os.environ["XLA_FLAGS"] = " ".join(flags)

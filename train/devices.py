@@ -61,19 +61,15 @@ class Execution:
         budget = _CPU_FLOPS.get(dtype.name, 1e12)
         long = config.global_batch_size * flops_of_one > budget
         if micro is None:
-            cores_apart = n_parts > jax.process_count()
-            affordable, cached = budget / flops_of_one, math.inf
-            if not long:
-                cached = cached_tokens(model.n_embd, alone=cores_apart) / config.block_size
-            if n_parts == 1:
-                limits = (affordable, cached) if on_cpu else (float(config.batch_size), math.inf)
-                micro = _fitting_divisor(config.batch_size, *limits)
-            else:
-                affordable *= jax.process_count() / n_parts
-                limits = (affordable, cached) if on_cpu else (math.inf, math.inf)
-                each = config.global_batch_size // n_parts
-                most = min(limits[0], float(config.batch_size))
-                micro = n_parts * _fitting_divisor(each, most, limits[1])
+            most, cached = float(config.batch_size), math.inf
+            if on_cpu:
+                share = 1 if n_parts == 1 else jax.process_count() / n_parts
+                most = min(most, share * budget / flops_of_one)
+            if on_cpu and not long:
+                alone = n_parts > jax.process_count()
+                cached = cached_tokens(model.n_embd, alone=alone) / config.block_size
+            each = config.batch_size if n_parts == 1 else config.global_batch_size // n_parts
+            micro = n_parts * _fitting_divisor(each, most, cached)
         elif micro % n_parts:
             raise ValueError(
                 f"micro_batch_size={micro} is not split evenly over the mesh, {n_parts} parts; "
@@ -137,6 +133,6 @@ def describe_arithmetic(
 
 def _fitting_divisor(n: int, most: float, better: float) -> int:
     """The largest divisor of `n` up to `most`, and up to `better` if it is not far below."""
-    largest = max(d for d in range(1, n + 1) if n % d == 0 and (d <= most or d == 1))
-    small = max(d for d in range(1, n + 1) if n % d == 0 and (d <= better or d == 1))
+    divisors = [d for d in range(1, n + 1) if n % d == 0]
+    largest, small = (max(d for d in divisors if d <= max(1, up_to)) for up_to in (most, better))
     return small if small < largest and 4 * small >= better else largest

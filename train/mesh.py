@@ -22,6 +22,7 @@ from eqx_gpt.config import GPTConfig
 from eqx_gpt.gpt import GPT
 from eqx_gpt.ops.meshed import BATCH, MESH_AXES, divides_heads, mesh_here
 from eqx_gpt.tree import named_arrays, with_arrays
+from train.config import TrainConfig
 from train.data import Windows
 from train.packing import Packed, PackedWindows, micro_batches
 
@@ -67,6 +68,13 @@ def choose_mesh(
     axes = tuple(axis for axis in MESH_AXES if axis in shape)
     ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
     return Mesh(np.array(ordered).reshape([shape[axis] for axis in axes]), axes)
+
+
+def cores_mesh(config: TrainConfig) -> Mesh | None:
+    """The mesh of a run here, where its devices are of one CPU."""
+    if jax.default_backend() != "cpu" or jax.process_count() > 1 or config.mesh_shape is not None:
+        return None
+    return choose_mesh(None, config.global_batch_size)
 
 
 def described(shape: Mapping[str, int]) -> str:
@@ -134,6 +142,14 @@ def on_every_device(x: Array, mesh: Mesh | None) -> Array:
     return x if mesh is None else jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
 
 
+def where_windows_lie(mesh: Mesh | None) -> NamedSharding | None:
+    """Those of a step, with the axes accum, micro, seq_plus_1."""
+    if mesh is None:
+        return None
+    split = tuple(axis for axis in BATCH if axis in mesh.shape)
+    return NamedSharding(mesh, PartitionSpec(None, split or None))
+
+
 def batch_on(
     mesh: Mesh | None, windows: Windows | PackedWindows, step: int, batch_size: int, n_micro: int
 ) -> Array | Packed:
@@ -141,13 +157,12 @@ def batch_on(
 
     Where the mesh does not divide micro-batches, they get rows more, of weight 0.
     """
-    if mesh is None:
+    where = where_windows_lie(mesh)
+    if where is None:
         whole = windows.batch(step, batch_size)
         return jax.tree.map(jnp.asarray, micro_batches(whole, n_micro))
     real = batch_size // n_micro
     micro = -(-real // n_parts(mesh)) * n_parts(mesh)
-    split = tuple(axis for axis in BATCH if axis in mesh.shape)
-    where = NamedSharding(mesh, PartitionSpec(None, split or None))
 
     @cache
     def rows(first: int, end: int) -> PyTree[np.ndarray]:

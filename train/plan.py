@@ -18,7 +18,6 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from eqx_gpt.config import GPTConfig
@@ -28,7 +27,14 @@ from train.collectives import Traffic
 from train.config import Remat, TrainConfig, model_config
 from train.devices import Execution, unrolls
 from train.loss import next_token_loss
-from train.mesh import around, choose_mesh, n_parts, on_every_device, with_shardings
+from train.mesh import (
+    around,
+    cores_mesh,
+    n_parts,
+    on_every_device,
+    where_windows_lie,
+    with_shardings,
+)
 from train.metrics import flops_per_token
 from train.start import as_trained, computing, new_state, recipe, skeleton
 from train.step import (
@@ -107,16 +113,13 @@ def plan_here(
     The micro-batch is the one that `train.py` would take; where it does not fit, or always with
     `auto`, the largest divisor of the global batch that does.
     """
-    with around(cores_mesh(config)):
-        return _plan_here(config, model_cfg, auto, say)
-
-
-def _plan_here(config: TrainConfig, model_cfg: GPTConfig, auto: bool, say: _SAY) -> Plan:
     shapes = skeleton(config, model_cfg, jnp.float32)
     n_params, n_frozen = count_params(shapes.model), count_params(shapes.frozen)
     config, execution, memory, room = choose_layout(config, model_cfg, auto=auto, say=say)
     model_cfg = dataclasses.replace(model_cfg, remat=config.remat)
-    step_s, timed = _timed_step(config, model_cfg, execution, say)
+    mesh = cores_mesh(config)
+    with around(mesh):
+        step_s, timed = _timed_step(config, model_cfg, execution, say)
     tokens = config.global_batch_size * config.block_size
     flops = tokens * flops_per_token(
         n_params, model_cfg.n_layer, model_cfg.n_embd, config.block_size, n_frozen
@@ -128,7 +131,6 @@ def _plan_here(config: TrainConfig, model_cfg: GPTConfig, auto: bool, say: _SAY)
         timed,
         f"{flops:.3g} FLOP a step: 6 N + 12 L d T a token",
     ]
-    mesh = cores_mesh(config)
     if mesh is not None:
         assumptions.append(f"the CPU as {mesh.size} devices, each for its share of the sequences")
     elif (n := jax.device_count()) > 1:
@@ -160,18 +162,18 @@ def choose_layout(
     config is that of the layout."""
     shapes = skeleton(config, model_cfg, jnp.float32)
     n_params, n_frozen = count_params(shapes.model), count_params(shapes.frozen)
-    platform, room = jax.default_backend(), _memory_here()
-    layouts = _layouts(config, auto, n_parts(cores_mesh(config)))
+    platform, room, mesh = jax.default_backend(), _memory_here(), cores_mesh(config)
+    layouts = _layouts(config, auto, n_parts(mesh))
     found: dict[Execution, tuple[TrainConfig, Execution, dict[str, float], float | None]] = {}
     for candidate in layouts:
         model_cfg = dataclasses.replace(model_cfg, remat=candidate.remat)
-        mesh = cores_mesh(candidate)
         execution = Execution.choose(
             candidate, model_cfg, n_params, platform, n_frozen, n_parts(mesh), mesh is not None
         )
         remat = "" if candidate.remat == "none" else f" with remat={candidate.remat}"
         say(f"compiling for micro-batches of {execution.micro_batch_size}{remat}")
-        memory = _compiled_memory(candidate, model_cfg, execution)
+        with around(mesh):
+            memory = _compiled_memory(candidate, model_cfg, execution)
         found[execution] = candidate, execution, memory, room
         if room is None or sum(memory.values()) <= room:
             return found[execution]
@@ -397,7 +399,7 @@ def _compiled_memory(
     micro = jax.ShapeDtypeStruct(shape, jnp.int32)
     if execution.accumulate == "device":
         windows = jax.ShapeDtypeStruct(
-            (execution.n_micro, *shape), jnp.int32, sharding=_split(mesh)
+            (execution.n_micro, *shape), jnp.int32, sharding=where_windows_lie(mesh)
         )
         programs = [(train_step, (fixed, windows), state)]
     else:
@@ -495,7 +497,7 @@ def _step_of(
     state = computing(state, execution.dtype)
     shape = (execution.n_micro, execution.micro_batch_size, config.block_size + 1)
     windows = jax.random.randint(jax.random.key(1), shape, 0, model_cfg.real_vocab_size)
-    windows = windows if mesh is None else jax.device_put(windows, _split(mesh))
+    windows = jax.device_put(windows, where_windows_lie(mesh))
 
     def whole() -> float:
         nonlocal state
@@ -540,18 +542,6 @@ def _saved_bytes(config: TrainConfig, model_cfg: GPTConfig, rows: int) -> float:
         return jax.tree.leaves(jax.vjp(loss, params)[1])
 
     return _nbytes(jax.eval_shape(backward, state.params, windows))
-
-
-def cores_mesh(config: TrainConfig) -> Mesh | None:
-    """The mesh of a run here, where its devices are of one CPU."""
-    if jax.default_backend() != "cpu" or jax.process_count() > 1 or config.mesh_shape is not None:
-        return None
-    return choose_mesh(None, config.global_batch_size)
-
-
-def _split(mesh: Mesh | None) -> NamedSharding | None:
-    """A step's windows over the devices."""
-    return None if mesh is None else NamedSharding(mesh, PartitionSpec(None, "data"))
 
 
 def _nbytes(tree: PyTree) -> float:

@@ -12,18 +12,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
 
 import eqx_gpt
 from eqx_gpt.config import GPTConfig
 from eqx_gpt.gpt import GPT
 from scripts.benchmarks.job import Job
 from scripts.benchmarks.serve import Prepared, timed
-from scripts.cpu_devices import split_cores
-from scripts.xla_loops import prepare_optimizer
+from scripts.cpu_devices import prepare_training
 from train.config import TrainConfig
 from train.devices import Execution
-from train.mesh import choose_mesh, n_parts, on_every_device, placed
+from train.mesh import cores_mesh, n_parts, on_every_device, placed, where_windows_lie
 from train.metrics import flops_per_token
 from train.optimizer import make_optimizer
 from train.step import Gradients, Recipe, TrainState, add_gradients, apply_gradients, train_step
@@ -58,12 +56,11 @@ def _train(job: Job, settings: dict[str, Any]) -> Prepared:
         batch_size=job.batch_size,
         gradient_accumulation_steps=1,
         block_size=job.seq,
+        n_embd=model_cfg.n_embd,
         precision=settings.get("precision", "auto"),
     )
-    prepare_optimizer(config.optimizer)
-    split_cores(model_cfg.n_embd, job.batch_size, job.seq, config.optimizer)
-    on_cpu = jax.default_backend() == "cpu"
-    mesh = choose_mesh(None, job.batch_size) if on_cpu else None  # one GPU, as the peers take
+    prepare_training(config)
+    mesh = cores_mesh(config)  # of GPUs one, as the peers take
     if mesh is not None:
         jax.set_mesh(mesh)  # for the rest of this process
     skeleton = eqx.filter_eval_shape(lambda: GPT.init(model_cfg, key=jax.random.key(0)))
@@ -79,9 +76,7 @@ def _train(job: Job, settings: dict[str, Any]) -> Prepared:
     state = new(jax.random.key(1))
     shape = (execution.n_micro, execution.micro_batch_size, job.seq + 1)
     windows = jax.random.randint(jax.random.key(2), shape, 0, model_cfg.real_vocab_size)
-    if mesh is not None:
-        by_core = PartitionSpec(None, mesh.axis_names)
-        windows = jax.device_put(windows, NamedSharding(mesh, by_core))
+    windows = jax.device_put(windows, where_windows_lie(mesh))
 
     def step(state: TrainState) -> tuple[TrainState, Any]:
         if execution.accumulate == "device":

@@ -51,14 +51,12 @@ def with_chosen_batch(config: TrainConfig, *, alone: bool = True) -> TrainConfig
             "--batch_size auto is for a run of one process, and this one is of several; give a "
             "number: scripts/plan.py says what fits"
         )
-    from train.mesh import around
-    from train.plan import choose_layout, cores_mesh, planned_model
+    from train.plan import choose_layout, planned_model
 
     n_token, _, pretrained = size_of(config)
     model_cfg = planned_model(config, n_token, pretrained)
     say = partial(print, file=sys.stderr)
-    with around(cores_mesh(config)):
-        layout, execution, *_ = choose_layout(config, model_cfg, auto=True, say=say)
+    layout, execution, *_ = choose_layout(config, model_cfg, auto=True, say=say)
     rows = max(execution.micro_batch_size, min(layout.batch_size, config.batch_size))
     remat = layout.remat
     steps = config.global_batch_size // rows
