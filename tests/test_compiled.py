@@ -45,12 +45,15 @@ def compiled_step(config: GPTConfig) -> str:
 
 
 def products(text: str) -> list[tuple[str, list[str]]]:
-    """Of every matrix product: the computation it is in, and its operands' types."""
+    """Of every matrix product: the computation it is in, and its operands' types. Not of those
+    that only sum, with two rows or columns or one column a head."""
     found = []
     for computation in text.split("\n}\n"):
         types = dict(re.findall(r"(%[\w.\-]+) = (\w+)\[", computation))
         header = computation.strip().split("{")[0]
-        for operands in re.findall(r" dot\(([^)]*)\)", computation):
+        for shape, operands in re.findall(r"\[([\d,]+)\]\S* dot\(([^)]*)\)", computation):
+            if min(int(size) for size in shape.split(",")[-2:]) <= SMALL["n_head"]:
+                continue
             names = [name.strip() for name in operands.split(",")]
             found.append((header, [types[name.split(" ")[-1]] for name in names]))
     return found

@@ -1,6 +1,7 @@
 """The numeric kernels and the small layers against float64 NumPy."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +22,15 @@ from eqx_gpt.layers.norm import Norm
 from eqx_gpt.layers.rope import rotate
 from eqx_gpt.ops import blocked_attention as blocked_attention_module
 from eqx_gpt.ops import cross_entropy as cross_entropy_module
+from eqx_gpt.ops import normalize as normalize_module
+from eqx_gpt.ops.activation import activate, activate_gated
 from eqx_gpt.ops.attention import causal_attention
+from eqx_gpt.ops.bits import split
 from eqx_gpt.ops.cached_attention import cached_attention
 from eqx_gpt.ops.cross_entropy import cross_entropy
 from eqx_gpt.ops.dropout import dropout, kept_by, seeds_of
 from eqx_gpt.ops.exp import exp_of_negative
 from eqx_gpt.ops.matmul import linear
-from eqx_gpt.ops.pointwise import activate, activate_gated
 from eqx_gpt.ops.rounding import rounded, widened
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -192,8 +195,10 @@ def test_attention_dropout_scales_or_drops_each_weight() -> None:
 
 
 def test_attention_with_dropout_in_blocks_is_the_formula_with_its_mask() -> None:
-    seq, head, rate, window = 263, 3, 0.3, 199
-    q, k, v, d = (normal(i, 2, seq, head, 5) for i in range(4))
+    """Three query heads share a key head."""
+    seq, head, rate, window = 263, 6, 0.3, 199
+    q, d = (normal(i, 2, seq, head, 5) for i in (0, 3))
+    k, v = (normal(i, 2, seq, 2, 5) for i in (1, 2))
     key = jax.random.key(5)
     shape = (2, head, seq, seq)
     seeds = jnp.swapaxes(seeds_of(key, (2, seq, head)), 1, 2)[..., None]
@@ -203,6 +208,7 @@ def test_attention_with_dropout_in_blocks_is_the_formula_with_its_mask() -> None
     seen = jnp.broadcast_to((distance >= 0) & (distance < window), shape)
 
     def formula(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        k, v = (jnp.repeat(x, 3, axis=2) for x in (k, v))
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(5)
         weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
         return jnp.einsum("bhqk,bkhd->bqhd", jnp.where(kept, weights / (1 - rate), 0), v)
@@ -439,6 +445,18 @@ def test_rounding_and_widening_have_slopes() -> None:
     assert list(dx.astype(jnp.float32)) == [3, 6, 9, 12, 15, 18, 21]
 
 
+def test_parts_have_second_derivatives() -> None:
+    """Of bfloat16 they are moved as integers, which have none."""
+
+    def cubes(x: jax.Array) -> jax.Array:
+        a, b = split(x, (2, 3), 0)
+        return jnp.sum(a**3) + jnp.sum(b**3)
+
+    x = jnp.asarray([1, 2, 3, 4, 5], jnp.bfloat16)
+    second = jax.grad(lambda x: jnp.sum(jax.grad(cubes)(x)))(x)
+    assert list(second.astype(jnp.float32)) == [6, 12, 18, 24, 30]
+
+
 def test_embedding_sums_its_gradient_in_float32() -> None:
     """4001 times the same row: bfloat16 would stop at 256."""
     for n_row in (11, 2003):  # a product, and a scatter
@@ -547,6 +565,72 @@ def test_fresh_norm_has_the_configs_fields(config: NormConfig) -> None:
     check(norm(x), reference.norm(config, f64(x), ones, None), 2e-6)
 
 
+@pytest.mark.parametrize("config", NORMS, ids=str)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "platform"),
+    [((2, 71, 53), "cpu"), ((3, 53), "cpu"), ((2, 71, 53), "default")],
+    ids=["many rows", "few rows", "elsewhere"],
+)
+def test_gradients_of_norm(
+    config: NormConfig,
+    dtype: jnp.dtype,
+    shape: tuple[int, ...],
+    platform: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Against their formulas, by each platform's path; what passes beside adds its own."""
+
+    def choose(*args: jax.Array | None, **paths: Callable) -> jax.Array:
+        return paths[platform](*args)
+
+    monkeypatch.setattr(normalize_module, "by_platform", choose)
+    x, dy, d_beside = ((1 + normal(key, *shape)).astype(dtype) for key in (0, 3, 4))
+    weight = None if config.scale == "none" else normal(1, 53)
+    bias = normal(2, 53) if config.bias else None
+    norm = Norm(weight, bias, config)
+    (beside, y), pull = jax.vjp(lambda norm, x: norm.beside(x), norm, x)
+    assert np.array_equal(beside, x)
+    assert np.array_equal(y, norm(x))
+    d_norm, d_x = pull((d_beside, dy))
+    assert d_x.dtype == dtype
+    (alone,) = jax.vjp(lambda x: norm(x), x)[1](dy)
+
+    rows, g = f64(x), f64(dy)
+    if config.kind == "layernorm":
+        rows = rows - rows.mean(-1, keepdims=True)
+    per_deviation = 1 / np.sqrt(np.square(rows).mean(-1, keepdims=True) + config.eps)
+    normed = rows * per_deviation
+    scale = 1.0 if weight is None else f64(weight) + (config.scale == "one_plus_weight")
+    d_y = g * scale
+    expected = d_y - normed * (d_y * normed).mean(-1, keepdims=True)
+    if config.kind == "layernorm":
+        expected = expected - d_y.mean(-1, keepdims=True)
+    expected = expected * per_deviation
+    tolerance = 3e-6 if dtype == jnp.float32 else BF16
+    check(alone, expected, tolerance)
+    roundings = 1 if platform == "cpu" else 2  # elsewhere the norm's gradient is one by itself
+    check(d_x, expected + f64(d_beside), roundings * tolerance)
+    across = tuple(range(len(shape) - 1))
+    if weight is not None:
+        check(d_norm.weight, (g * normed).sum(across), 3e-6)
+    if bias is not None:
+        check(d_norm.bias, g.sum(across), 3e-6)
+
+
+def test_gradient_of_norm_keeps_what_is_left_of_a_cancellation() -> None:
+    """The weight's digits beyond bfloat16's are all that this gradient is made of."""
+    x, weight = normal(0, 71, 53, dtype=jnp.bfloat16), 1 + 2.0**-10 * normal(1, 53)
+    norm = Norm(weight, None, NormConfig(bias=False))
+    (d_x,) = jax.vjp(lambda x: norm(x), x)[1](jnp.ones_like(x))
+    rows, scale = f64(x), f64(weight)[None, :]
+    rows = rows - rows.mean(-1, keepdims=True)
+    per_deviation = 1 / np.sqrt(np.square(rows).mean(-1, keepdims=True) + norm.config.eps)
+    normed = rows * per_deviation
+    expected = scale - scale.mean() - normed * (scale * normed).mean(-1, keepdims=True)
+    check(d_x, expected * per_deviation, BF16)
+
+
 # Activations
 
 
@@ -556,3 +640,27 @@ def test_activation(name: str) -> None:
     found = f64(activate(jnp.asarray(x), name))
     expected = reference.ACTIVATIONS[name](x.astype(np.float64))
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", reference.ACTIVATIONS)
+def test_activation_of_bfloat16_is_off_by_its_rounding(name: str) -> None:
+    """Value and slope."""
+    x = jnp.concatenate([jnp.linspace(-8, 8, 1001), jnp.array([-80.0, 80.0])]).astype(jnp.bfloat16)
+    found, slope = jax.vmap(jax.value_and_grad(lambda x: activate(x, name)))(x)
+    exact, formula, step = f64(x), reference.ACTIVATIONS[name], 1e-6
+    np.testing.assert_allclose(f64(found), formula(exact), rtol=2**-8, atol=1e-6)
+    expected = (formula(exact + step) - formula(exact - step)) / (2 * step)
+    smooth = exact != 0  # relu has none there
+    # Of its exponential, the slope is off by another 1e-4.
+    np.testing.assert_allclose(f64(slope)[smooth], expected[smooth], rtol=1.03 * 2**-8, atol=1e-6)
+
+
+def test_a_gate_of_bfloat16_has_slopes() -> None:
+    gate, x = (normal(key, 1009, dtype=jnp.bfloat16) for key in (0, 1))
+    y, pull = jax.vjp(lambda gate, x: activate_gated(gate, x, "silu"), gate, x)
+    d_gate, d_x = pull(jnp.ones_like(y))
+    gate, x = f64(gate), f64(x)
+    sigmoid = 1 / (1 + np.exp(-gate))
+    np.testing.assert_allclose(f64(d_x), gate * sigmoid, rtol=2**-8)
+    expected = x * sigmoid * (1 + gate * (1 - sigmoid))
+    np.testing.assert_allclose(f64(d_gate), expected, rtol=2**-8, atol=1e-4)

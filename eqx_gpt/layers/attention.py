@@ -14,6 +14,7 @@ from eqx_gpt.layers.linear import Linear
 from eqx_gpt.layers.norm import Norm
 from eqx_gpt.layers.rope import rotate
 from eqx_gpt.ops.attention import causal_attention, causal_scores, mix
+from eqx_gpt.ops.bits import split
 from eqx_gpt.ops.cached_attention import cached_attention
 from eqx_gpt.shapes import Hidden, PRNGKey
 from eqx_gpt.tap import NO_TAP, Tap
@@ -130,7 +131,7 @@ class Attention(eqx.Module):
         if parts.clip_qkv is not None:
             qkv = jnp.clip(qkv, -parts.clip_qkv, parts.clip_qkv)
         heads = qkv.reshape(*x.shape[:-1], n_q + 2 * n_kv, config.head_dim)
-        q, k, v = jnp.split(heads, [n_q, n_q + n_kv], axis=-2)
+        q, k, v = split(heads, (n_q, n_kv, n_kv), -2)
         if self.q_norm is None or self.k_norm is None:
             return q, k, v
         if parts.qk_norm == "head":

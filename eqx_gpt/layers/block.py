@@ -12,6 +12,7 @@ from eqx_gpt.layers.attention import Attention
 from eqx_gpt.layers.mlp import MLP
 from eqx_gpt.layers.norm import Norm
 from eqx_gpt.ops.dropout import dropout
+from eqx_gpt.ops.rounding import added
 from eqx_gpt.shapes import Hidden, PRNGKey
 from eqx_gpt.tap import NO_TAP, Tap
 
@@ -70,7 +71,7 @@ class Block(eqx.Module):
         rate = self.config.dropout
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
         x = tap("input", x)
-        normed = _normed(self.norm1, x)
+        x, normed = _beside(self.norm1, x)
         attended, cache = self.attention(
             tap("attention.input", normed),
             kind=kind,
@@ -81,17 +82,19 @@ class Block(eqx.Module):
             tap=tap,
         )
         attended = tap("attention.output", _normed(self.post_norm1, attended))
-        after = tap("middle", x + dropout(attended, rate, keys[1]))
-        match self.config.residual:
-            case "parallel":
-                fed = _normed(self.norm2, x)
-            case "parallel_shared_norm":
-                fed = normed
-            case _:
-                fed = _normed(self.norm2, after)
+        fed = normed
+        if self.config.residual == "parallel":
+            x, fed = _beside(self.norm2, x)
+        after = tap("middle", added(x, dropout(attended, rate, keys[1])))
+        if self.config.residual not in ("parallel", "parallel_shared_norm"):
+            after, fed = _beside(self.norm2, after)
         fed = self.mlp(tap("mlp.input", fed), tap=tap)
         fed = tap("mlp.output", _normed(self.post_norm2, fed))
-        return tap("output", after + dropout(fed, rate, keys[2])), cache
+        return tap("output", added(after, dropout(fed, rate, keys[2]))), cache
+
+
+def _beside(norm: Norm | None, x: Hidden) -> tuple[Hidden, Hidden]:
+    return (x, x) if norm is None else norm.beside(x)
 
 
 def _normed(norm: Norm | None, x: Hidden) -> Hidden:

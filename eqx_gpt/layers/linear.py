@@ -11,9 +11,9 @@ from jaxtyping import Array, Float, Int
 
 from eqx_gpt.ops.few_rows import FEW_ROWS, unconverted
 from eqx_gpt.ops.int8 import Int8
+from eqx_gpt.ops.look_up import look_up
 from eqx_gpt.ops.matmul import linear
 from eqx_gpt.ops.platform import by_platform
-from eqx_gpt.ops.pointwise import look_up
 from eqx_gpt.shapes import PRNGKey
 
 

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from eqx_gpt.config import GPTConfig
 from eqx_gpt.layers.linear import Linear
-from eqx_gpt.ops.pointwise import Activation, activate, activate_gated
+from eqx_gpt.ops.activation import Activation, activate, activate_gated
 from eqx_gpt.shapes import Hidden, PRNGKey
 from eqx_gpt.tap import NO_TAP, Tap
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from eqx_gpt.config import NormConfig
-from eqx_gpt.ops.pointwise import normalize
+from eqx_gpt.ops.normalize import normalize, normalize_beside
 
 
 class Norm(eqx.Module):
@@ -28,7 +28,15 @@ class Norm(eqx.Module):
         return Norm(weight, jnp.zeros(width, jnp.float32) if config.bias else None, config)
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        config, scale = self.config, self.weight
-        if scale is not None and config.scale == "one_plus_weight":
-            scale = 1 + scale.astype(jnp.float32)
-        return normalize(x, scale, self.bias, config.kind, config.eps)
+        return normalize(x, self._scale(), self.bias, self.config.kind, self.config.eps)
+
+    def beside(
+        self, x: Float[Array, "*batch d"]
+    ) -> tuple[Float[Array, "*batch d"], Float[Array, "*batch d"]]:
+        """`x` to go on with, and normalised: see `normalize_beside`."""
+        return normalize_beside(x, self._scale(), self.bias, self.config.kind, self.config.eps)
+
+    def _scale(self) -> Float[Array, " d"] | None:
+        if self.weight is not None and self.config.scale == "one_plus_weight":
+            return 1 + self.weight.astype(jnp.float32)
+        return self.weight

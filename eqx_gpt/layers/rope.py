@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from eqx_gpt.config import LinearScaling, Llama3Scaling, PositionConfig, YarnScaling
 from eqx_gpt.ops.platform import stored
+from eqx_gpt.ops.rounding import rounded
 
 
 def rotate(
@@ -39,7 +40,7 @@ def rotate(
         turned = jnp.concatenate(pairs, axis=-1)
     else:
         turned = jnp.stack(pairs, axis=-1).reshape(turned.shape)
-    return jnp.concatenate([turned.astype(x.dtype), kept], axis=-1)
+    return jnp.concatenate([rounded(turned, x.dtype), kept], axis=-1)
 
 
 def rope_frequencies(config: PositionConfig, rope_dim: int) -> tuple[np.ndarray, float]:

@@ -118,7 +118,7 @@ def _linear_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, A
         d_weight = product(transposed(g), x)
     else:
         d_weight = jnp.swapaxes(product(transposed(x), g), 0, 1)
-    d_x = product(g, weight.astype(x.dtype)).astype(x.dtype)
+    d_x = rounded(product(g, weight.astype(x.dtype)), x.dtype)
     return d_x, d_weight.astype(weight.dtype)
 
 

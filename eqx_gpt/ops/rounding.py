@@ -1,4 +1,4 @@
-"""From float32 to bfloat16 and back, where it happens within other work, and bfloat16 as integers.
+"""From float32 to bfloat16 and back, where it happens within other work, and sums so rounded.
 
 XLA's CPU backend makes loops that end in such a conversion half as fast as memory is: with the
 rounding in integers they are vectorized whole. The numbers are the same.
@@ -52,15 +52,16 @@ def _rounded_by_integers(x: Array) -> Array:
     return lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
-def as_bits(x: Array) -> Array:
-    """bfloat16 as integers, anything else as it is: for what only moves numbers.
+@jax.custom_jvp
+def added(x: Float[Array, "*shape"], y: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`x + y`, of the same dtype."""
 
-    XLA's CPU backend copies, concatenates and updates bfloat16 by way of float32, and an update in
-    place of a part by converting the whole; integers it moves as they are.
-    """
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+    def on_cpu(x: Array, y: Array) -> Array:
+        return rounded(x.astype(jnp.float32) + y.astype(jnp.float32), x.dtype)
+
+    return by_platform(x, y, cpu=on_cpu, default=jnp.add)
 
 
-def from_bits(x: Array, dtype: DTypeLike) -> Array:
-    """What `as_bits` was made from."""
-    return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
+@added.defjvp
+def _added_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    return added(*primals), jnp.add(*tangents)

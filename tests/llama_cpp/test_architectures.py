@@ -22,7 +22,7 @@ from eqx_gpt.config import (
     PositionConfig,
     YarnScaling,
 )
-from eqx_gpt.ops import pointwise
+from eqx_gpt.ops import activation
 from eqx_gpt.tree import named_arrays, with_arrays
 from weights import from_pretrained, save_gguf
 from weights.gguf_file import read_gguf
@@ -139,7 +139,7 @@ def test_logits(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     """As float32 agrees; where there is a GELU, some arguments fall to the other side of a step
     of llama.cpp's table."""
     jax.clear_caches()  # of programs with the plain one
-    monkeypatch.setitem(pointwise._ACTIVATIONS, "gelu_tanh", table_gelu)
+    monkeypatch.setitem(activation._FORMULAS, "gelu_tanh", table_gelu)
     config = CONFIGS[name]
     model, path = random_model(config), tmp_path / "model.gguf"
     save_gguf(model, path, dtype="F32")
