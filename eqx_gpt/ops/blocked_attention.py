@@ -6,7 +6,8 @@ product is canonical (see matmul.py) and nothing of size queries x keys is trans
 backward pass are the inputs, the output and the logarithm of each query's sum: the memory is
 linear in the length (Dao et al. 2022, arXiv:2205.14135; Rabe & Staats 2021, arXiv:2112.05682).
 
-Below, n counts sequences times key-value heads, g the query heads that share one of them.
+Below, n counts sequences times key-value heads, g the query heads that share one of them, and sg
+positions times those.
 """
 
 from collections.abc import Callable
@@ -18,10 +19,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped, UInt32
 
+from eqx_gpt.ops.bits import as_bits, concatenated, from_bits
 from eqx_gpt.ops.dropout import kept_by
 from eqx_gpt.ops.exp import exp_of_negative
 from eqx_gpt.ops.matmul import product, product_transposed, row_major
-from eqx_gpt.ops.rounding import as_bits, from_bits, rounded
+from eqx_gpt.ops.rounding import rounded
 
 _MASKED = -1e30  # finite, so that the distance to a maximum is never inf - inf
 _SCORES = 2**19  # as many at a time as stay in the caches of a core or two: 2 MiB of float32
@@ -41,7 +43,7 @@ def attend(
 ) -> tuple[Float[Array, "*batch seq head head_dim"], Float[Array, "*batch seq head"]]:
     """As `eqx_gpt.ops.attention.causal_attention`; also log(sum(exp(scores))) of each query."""
     group = q.shape[-2] // k.shape[-2]
-    run = partial(_attend, window=window, scale=scale, softcap=softcap, rate=rate)
+    run = partial(_attend, group=group, window=window, scale=scale, softcap=softcap, rate=rate)
     operands = (
         _queries(q, group),
         _keys_transposed(k),
@@ -49,8 +51,9 @@ def attend(
         _starts(starts, k.shape[-2]),
         None if seeds is None else _of_queries(seeds, group),
     )
-    out, lse = _few_at_a_time(run, operands)
-    return _unqueries(out, q.shape), _unqueries(lse[..., None], (*q.shape[:-1], 1))[..., 0]
+    out, lse = _few_at_a_time(run, operands, q.shape[-3])
+    lse = _unqueries(lse[..., None], (*q.shape[:-1], 1), group)[..., 0]
+    return _unqueries(out, q.shape, group), lse
 
 
 def attend_backward(
@@ -71,8 +74,7 @@ def attend_backward(
     """The gradients of queries, keys and values; `d` is that of the output."""
     group = q.shape[-2] // k.shape[-2]
     # What the softmax takes off the gradient of each weight: sum(weights * d_weights).
-    delta = jnp.sum(d.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    delta = lax.optimization_barrier(delta)  # XLA would join the reshapes below to the slow sum
+    delta = _sums_by_head(d.astype(jnp.float32) * out.astype(jnp.float32))
     operands = (
         _queries(q, group),
         _keys(k),
@@ -84,104 +86,109 @@ def attend_backward(
         _starts(starts, k.shape[-2]),
         None if seeds is None else _of_queries(seeds, group),
     )
-    run = partial(_attend_backward, window=window, scale=scale, softcap=softcap, rate=rate)
-    dq_t, dk, dv = _few_at_a_time(run, operands)
-    dq = jnp.moveaxis(dq_t, 1, 3)  # n d g s -> n g s d
-    return _unqueries(dq, q.shape), _unkeys(dk, k.shape), _unkeys(dv, k.shape)
+    run = partial(
+        _attend_backward, group=group, window=window, scale=scale, softcap=softcap, rate=rate
+    )
+    dq_t, dk, dv = _few_at_a_time(run, operands, q.shape[-3])
+    dq = _unqueries(jnp.swapaxes(dq_t, 1, 2), q.shape, group)
+    return dq, _unqueries(dk, k.shape, 1), _unqueries(dv, k.shape, 1)
 
 
 def _attend(
-    q: Float[Array, "n g s d"],
+    q: Float[Array, "n sg d"],
     k_t: Float[Array, "n d s"],
     v: Float[Array, "n s d"],
     starts: Int[Array, "n s"] | None,
-    seeds: UInt32[Array, "n g s"] | None,
+    seeds: UInt32[Array, "n sg"] | None,
     *,
+    group: int,
     window: int | None,
     scale: float,
     softcap: float | None,
     rate: float,
-) -> tuple[Float[Array, "n g s d"], Float[Array, "n g s"]]:
+) -> tuple[Float[Array, "n sg d"], Float[Array, "n sg"]]:
     """The output, and log(sum(exp(scores))) of each query."""
-    n, group, seq, head_dim = q.shape
     outs, sums = [], []
-    for i, end in _blocks(seq):
+    for i, end in _blocks(v.shape[1]):
         first = 0 if window is None else max(0, i - window + 1)
-        rows = q[:, :, i:end].reshape(n, -1, head_dim)
-        scores = _bent(product(rows, k_t[:, :, first:end]), scale, softcap)
-        position = np.tile(np.arange(i, end), group)
-        seen = _visible(position[:, None], np.arange(first, end)[None, :], window, scores.shape)
+        block, keys = slice(i * group, end * group), np.arange(first, end)[None, :]
+        scores, factor = product(q[:, block], k_t[:, :, first:end]), scale
+        if softcap is not None:
+            scores, factor = _bent(scores, scale, softcap), 1.0
+        position = np.repeat(np.arange(i, end), group)[:, None]
+        seen = _visible(position, keys, window, scores.shape)
         if starts is not None:
-            start = _of_group(starts[:, i:end], group)[:, :, None]
-            seen = seen & _from(start, np.arange(first, end)[None, :], scores.shape)
-        scores = jnp.where(seen, scores, _MASKED)
+            start = jnp.repeat(starts[:, i:end], group, axis=1)[:, :, None]
+            seen = seen & _from(start, keys, scores.shape)
+        # Keys before the block are seen by all of it, and their scores left as they are.
+        some = slice(i - first if window is None and starts is None else 0, None)
+        masked = jnp.where(seen[:, :, some], scores[:, :, some], _MASKED)
+        scores = scores.at[:, :, some].set(masked)
         top = lax.optimization_barrier(jnp.max(scores, axis=-1, keepdims=True))
-        powers = exp_of_negative(scores - jnp.broadcast_to(top, scores.shape), q.dtype)
+        distance = factor * (scores - jnp.broadcast_to(top, scores.shape))
+        powers = exp_of_negative(distance, q.dtype)
         weights = lax.optimization_barrier(rounded(jnp.where(seen, powers, 0), q.dtype))
         total = jnp.sum(weights.astype(jnp.float32), axis=-1, keepdims=True)
         if seeds is not None:
-            rows = jnp.broadcast_to(seeds[:, :, i:end].reshape(n, -1, 1), weights.shape)
-            weights = _dropped(weights, rows, np.arange(first, end)[None, :], rate)
+            rows = jnp.broadcast_to(seeds[:, block, None], weights.shape)
+            weights = _dropped(weights, rows, keys, rate)
         mixed = product(weights, v[:, first:end])
         mixed = rounded(mixed / jnp.broadcast_to((1 - rate) * total, mixed.shape), q.dtype)
-        outs.append(mixed.reshape(n, group, end - i, head_dim))
-        sums.append((top + jnp.log(total)).reshape(n, group, end - i))
-    return jnp.concatenate(outs, axis=2), jnp.concatenate(sums, axis=2)
+        outs.append(mixed)
+        sums.append((factor * top + jnp.log(total))[..., 0])
+    return concatenated(tuple(outs), 1), jnp.concatenate(sums, axis=1)
 
 
 def _attend_backward(
-    q: Float[Array, "n g s d"],
+    q: Float[Array, "n sg d"],
     k: Float[Array, "n s d"],
     k_t: Float[Array, "n d s"],
     v: Float[Array, "n s d"],
-    d: Float[Array, "n g s d"],
-    lse: Float[Array, "n g s"],
-    delta: Float[Array, "n g s"],
+    d: Float[Array, "n sg d"],
+    lse: Float[Array, "n sg"],
+    delta: Float[Array, "n sg"],
     starts: Int[Array, "n s"] | None,
-    seeds: UInt32[Array, "n g s"] | None,
+    seeds: UInt32[Array, "n sg"] | None,
     *,
+    group: int,
     window: int | None,
     scale: float,
     softcap: float | None,
     rate: float,
-) -> tuple[Float[Array, "n d g s"], Float[Array, "n s d"], Float[Array, "n s d"]]:
+) -> tuple[Float[Array, "n d sg"], Float[Array, "n s d"], Float[Array, "n s d"]]:
     """The gradients of queries, keys and values; `d` is that of the output."""
-    n, group, seq, head_dim = q.shape
+    n, seq, head_dim = k.shape
     dtype = q.dtype
-    dq_t = jnp.zeros((n, head_dim, group, seq), jnp.float32)
+    dq_t = jnp.zeros((n, head_dim, group * seq), jnp.float32)
     dks, dvs = [], []
     for j, end in _blocks(seq):
         last = seq if window is None else min(seq, end + window - 1)
-        shape = (n, end - j, group * (last - j))
+        seeing, keys = slice(j * group, last * group), np.arange(j, end)[:, None]
+        rows, d_rows = q[:, seeing], d[:, seeing]
+        scores = _bent(product_transposed(k[:, j:end], rows), scale, softcap)
 
-        def rows(x: Array, j: int = j, last: int = last) -> Array:
-            return x[:, :, j:last].reshape(n, -1, head_dim)
+        def of_query(x: Array, seeing: slice = seeing, shape: tuple = scores.shape) -> Array:
+            return jnp.broadcast_to(x[:, None, seeing], shape)
 
-        def of_query(x: Array, j: int = j, last: int = last, shape: tuple = shape) -> Array:
-            return jnp.broadcast_to(x[:, :, j:last].reshape(n, 1, -1), shape)
-
-        scores = _bent(product_transposed(k[:, j:end], rows(q)), scale, softcap)
-        position = np.tile(np.arange(j, last), group)
-        seen = _visible(position[None, :], np.arange(j, end)[:, None], window, shape)
+        position = np.repeat(np.arange(j, last), group)[None, :]
+        seen = _visible(position, keys, window, scores.shape)
         if starts is not None:
-            start = _of_group(starts[:, j:last], group)[:, None, :]
-            seen = seen & _from(start, np.arange(j, end)[:, None], shape)
+            start = jnp.repeat(starts[:, j:last], group, axis=1)[:, None, :]
+            seen = seen & _from(start, keys, scores.shape)
         powers = exp_of_negative(jnp.minimum(scores - of_query(lse), 0), dtype)
         weights = lax.optimization_barrier(rounded(jnp.where(seen, powers, 0), dtype))
-        d_weights = product_transposed(v[:, j:end], rows(d))
+        d_weights = product_transposed(v[:, j:end], d_rows)
         kept = weights
         if seeds is not None:
-            columns = np.arange(j, end)[:, None]
-            kept = _dropped(weights, of_query(seeds), columns, rate)
-            d_weights = _dropped(d_weights, of_query(seeds), columns, rate) / (1 - rate)
+            kept = _dropped(weights, of_query(seeds), keys, rate)
+            d_weights = _dropped(d_weights, of_query(seeds), keys, rate) / (1 - rate)
         slope = scale if softcap is None else scale * (1 - jnp.square(scores / softcap))
         d_scores = weights.astype(jnp.float32) * (d_weights - of_query(delta)) * slope
         d_scores = lax.optimization_barrier(rounded(d_scores, dtype))
-        dvs.append((product(kept, rows(d)) / (1 - rate)).astype(dtype))
-        dks.append(product(d_scores, rows(q)).astype(dtype))
-        dq = product(k_t[:, :, j:end], d_scores).reshape(n, head_dim, group, -1)
-        dq_t = dq_t.at[:, :, :, j:last].add(dq)
-    return dq_t.astype(dtype), jnp.concatenate(dks, axis=1), jnp.concatenate(dvs, axis=1)
+        dvs.append(rounded(product(kept, d_rows) / (1 - rate), dtype))
+        dks.append(rounded(product(d_scores, rows), dtype))
+        dq_t = dq_t.at[:, :, seeing].add(product(k_t[:, :, j:end], d_scores))
+    return rounded(dq_t, dtype), concatenated(tuple(dks), 1), concatenated(tuple(dvs), 1)
 
 
 def _dropped(x: Array, seeds: Array, columns: np.ndarray, rate: float) -> Array:
@@ -218,11 +225,6 @@ def _starts(starts: Int[Array, "*batch s"] | None, kv_head: int) -> Int[Array, "
     return jnp.broadcast_to(rows, (rows.shape[0], kv_head, seq)).reshape(-1, seq)
 
 
-def _of_group(starts: Int[Array, "n s"], group: int) -> Int[Array, "n gs"]:
-    n, seq = starts.shape
-    return jnp.broadcast_to(starts[:, None, :], (n, group, seq)).reshape(n, -1)
-
-
 def _block_size(seq: int) -> int:
     """The larger, the better the products; the smaller, the less is computed of the half that is
     masked."""
@@ -234,11 +236,11 @@ def _blocks(seq: int) -> list[tuple[int, int]]:
     return [(i, min(i + size, seq)) for i in range(0, seq, size)]
 
 
-def _few_at_a_time(run: Callable, operands: tuple[Array | None, ...]) -> tuple:
+def _few_at_a_time(run: Callable, operands: tuple[Array | None, ...], seq: int) -> tuple:
     """`run` over the leading axis, in as large parts as leave their scores in the caches."""
     assert operands[0] is not None  # the queries
-    n, group, seq, _ = operands[0].shape
-    scores_of_one = group * _block_size(seq) * seq
+    n, n_query, _ = operands[0].shape
+    scores_of_one = _block_size(seq) * n_query
     few = max(d for d in range(1, n + 1) if n % d == 0 and (d == 1 or d * scores_of_one <= _SCORES))
     if n == few:
         return run(*operands)
@@ -258,23 +260,35 @@ def _few_at_a_time(run: Callable, operands: tuple[Array | None, ...]) -> tuple:
     )
 
 
-def _queries(x: Shaped[Array, "*batch s h d"], group: int) -> Shaped[Array, "n g s d"]:
-    seq, _, head_dim = x.shape[-3:]
-    return row_major(_by_head(x, group)).reshape(-1, group, seq, head_dim)
+def _queries(x: Shaped[Array, "*batch s h d"], group: int) -> Shaped[Array, "n sg d"]:
+    """Heads of a group side by side at each position, so that neighbouring positions are
+    neighbouring rows."""
+    seq, head, head_dim = x.shape[-3:]
+    heads = jnp.swapaxes(x.reshape(-1, seq, head // group, group * head_dim), 1, 2)
+    return row_major(heads.reshape(-1, seq * group, head_dim))
 
 
-def _of_queries(x: Shaped[Array, "*batch s h"], group: int) -> Shaped[Array, "n g s"]:
+def _of_queries(x: Shaped[Array, "*batch s h"], group: int) -> Shaped[Array, "n sg"]:
     return _queries(x[..., None], group)[..., 0]
 
 
-def _unqueries(x: Float[Array, "n g s d"], shape: tuple[int, ...]) -> Array:
+def _unqueries(x: Shaped[Array, "n sg d"], shape: tuple[int, ...], group: int) -> Array:
     """What `_queries` was made from."""
     seq, head, head_dim = shape[-3:]
-    return jnp.swapaxes(x.reshape(-1, head, seq, head_dim), 1, 2).reshape(shape)
+    heads = x.reshape(-1, head // group, seq, group * head_dim)
+    return jnp.swapaxes(heads, 1, 2).reshape(shape)
+
+
+def _sums_by_head(x: Float[Array, "*batch s h d"]) -> Float[Array, "*batch s h"]:
+    """As a product with ones and zeros: a sum over so few numbers is slow."""
+    *batch, head, head_dim = x.shape
+    ones = jnp.repeat(jnp.eye(head, dtype=jnp.float32), head_dim, axis=0)
+    rows = lax.optimization_barrier(x.reshape(-1, head * head_dim))
+    return lax.optimization_barrier(product(rows, ones)).reshape(*batch, head)
 
 
 def _keys(x: Float[Array, "*batch s k d"]) -> Float[Array, "n s d"]:
-    return _queries(x, 1)[:, 0]
+    return _queries(x, 1)
 
 
 def _keys_transposed(x: Float[Array, "*batch s k d"]) -> Float[Array, "n d s"]:
@@ -282,12 +296,3 @@ def _keys_transposed(x: Float[Array, "*batch s k d"]) -> Float[Array, "n d s"]:
     return row_major(jnp.moveaxis(x.reshape(-1, seq, x.shape[-2], head_dim), 1, 3)).reshape(
         -1, head_dim, seq
     )
-
-
-def _unkeys(x: Float[Array, "n s d"], shape: tuple[int, ...]) -> Array:
-    return _unqueries(x[:, None], shape)
-
-
-def _by_head(x: Shaped[Array, "*batch s h d"], group: int) -> Shaped[Array, "b k g s d"]:
-    seq, head, head_dim = x.shape[-3:]
-    return jnp.moveaxis(x.reshape(-1, seq, head // group, group, head_dim), 1, 3)
