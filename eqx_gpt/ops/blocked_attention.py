@@ -51,7 +51,7 @@ def attend(
         _starts(starts, k.shape[-2]),
         None if seeds is None else _of_queries(seeds, group),
     )
-    out, lse = _few_at_a_time(run, operands, q.shape[-3])
+    out, lse = _few_at_a_time(run, operands, _block_size(q.shape[-3]))
     lse = _unqueries(lse[..., None], (*q.shape[:-1], 1), group)[..., 0]
     return _unqueries(out, q.shape, group), lse
 
@@ -89,7 +89,7 @@ def attend_backward(
     run = partial(
         _attend_backward, group=group, window=window, scale=scale, softcap=softcap, rate=rate
     )
-    dq_t, dk, dv = _few_at_a_time(run, operands, q.shape[-3])
+    dq_t, dk, dv = _few_at_a_time(run, operands, _block_size(q.shape[-3]))
     dq = _unqueries(jnp.swapaxes(dq_t, 1, 2), q.shape, group)
     return dq, _unqueries(dk, k.shape, 1), _unqueries(dv, k.shape, 1)
 
@@ -236,11 +236,12 @@ def _blocks(seq: int) -> list[tuple[int, int]]:
     return [(i, min(i + size, seq)) for i in range(0, seq, size)]
 
 
-def _few_at_a_time(run: Callable, operands: tuple[Array | None, ...], seq: int) -> tuple:
-    """`run` over the leading axis, in as large parts as leave their scores in the caches."""
+def _few_at_a_time(run: Callable, operands: tuple[Array | None, ...], block: int) -> tuple:
+    """`run` over the leading axis, in as large parts as leave the scores of a block in the
+    caches."""
     assert operands[0] is not None  # the queries
     n, n_query, _ = operands[0].shape
-    scores_of_one = _block_size(seq) * n_query
+    scores_of_one = block * n_query
     few = max(d for d in range(1, n + 1) if n % d == 0 and (d == 1 or d * scores_of_one <= _SCORES))
     if n == few:
         return run(*operands)

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from eqx_gpt.ops.few_rows import FEW_ROWS
@@ -33,32 +32,32 @@ def normalize(
     return _forward(x, scale, bias, kind, eps)[0]
 
 
-def _formula(x: Array, scale: Array | None, bias: Array | None, kind: str, eps: float) -> Array:
+def _formula(
+    x: Array,
+    scale: Array | None,
+    bias: Array | None,
+    kind: str,
+    eps: float,
+    mean: Array | None = None,
+) -> tuple[Array, Array]:
+    """The norm, and what each row is multiplied by; `mean` is a layer norm's, where it is known."""
     y = x.astype(jnp.float32)
     if kind == "layernorm":
-        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y - (jnp.mean(y, axis=-1, keepdims=True) if mean is None else mean)
     per_deviation = lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-    return _finished(y * per_deviation, scale, bias, x.dtype)
+    y = _times(y * per_deviation, scale)
+    if bias is not None:
+        y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
+    return rounded(y, x.dtype), per_deviation
 
 
 def _forward(
     x: Array, scale: Array | None, bias: Array | None, kind: str, eps: float
 ) -> tuple[Array, tuple]:
-    """As `_formula`, and what the gradient needs."""
-    mean, y = None, x.astype(jnp.float32)
-    if kind == "layernorm":
-        mean = _row_means(x)
-        y = y - mean
-    per_deviation = lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-    y = _finished(y * per_deviation, scale, bias, x.dtype)
+    """The norm, and what its gradient needs."""
+    mean = _row_means(x) if kind == "layernorm" else None
+    y, per_deviation = _formula(x, scale, bias, kind, eps, mean)
     return y, (x, scale, bias, mean, per_deviation)
-
-
-def _finished(y: Array, scale: Array | None, bias: Array | None, dtype: DTypeLike) -> Array:
-    y = _times(y, scale)
-    if bias is not None:
-        y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
-    return rounded(y, dtype)
 
 
 def _backward(
@@ -71,7 +70,7 @@ def _backward(
         x = lax.optimization_barrier(x)  # lest what can be computed again is kept
 
         def formula(x: Array, scale: Array | None, bias: Array | None) -> Array:
-            return _formula(x, scale, bias, kind, eps)
+            return _formula(x, scale, bias, kind, eps)[0]
 
         d_x, d_scale, d_bias = jax.vjp(formula, x, scale, bias)[1](dy)
         return d_x if d_beside is None else d_beside + d_x, d_scale, d_bias
