@@ -1,14 +1,21 @@
 """Why a checkpoint cannot be read: one short reason, for the tracebacks that Orbax leaves about."""
 
+import asyncio
 import gc
 import logging
 import re
 import sys
+import threading
+import time
+import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
 
+
+_PATIENCE_S = 10  # with reads that a failed one leaves in flight
+_ONE_AT_A_TIME = threading.Lock()  # for what is set aside meanwhile is the process's
 
 # Not of the file: another try may read it.
 _ELSEWHERE = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
@@ -33,20 +40,26 @@ def read(action: Callable[[], T]) -> T:
     Unreadable if they are damaged; OSError if they may not be read, or there is no memory for them.
 
     Orbax reads in many tasks at once and ends at the first failure. What the interpreter would
-    print of the tasks left alone, later and with all their tracebacks, says no more.
+    print of the tasks left alone, with all their tracebacks, says no more: nobody hears it, and
+    this waits for what TensorStore still reads for them.
     """
     said = logging.getLogger("asyncio")
-    hooks, disabled = (sys.unraisablehook, sys.excepthook), said.disabled
-    sys.unraisablehook = sys.excepthook = lambda *_: None
-    said.disabled = True
-    try:
-        found = _tried(action)
-        if isinstance(found, Unreadable | OSError):
-            gc.collect()  # the tasks, while nobody hears them
-            raise found
-        return found
-    finally:
-        (sys.unraisablehook, sys.excepthook), said.disabled = hooks, disabled
+    with _ONE_AT_A_TIME:
+        hooks, disabled = (sys.unraisablehook, sys.excepthook), said.disabled
+        sys.unraisablehook = sys.excepthook = lambda *_: None
+        said.disabled = True
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+                found = _tried(action)
+                if isinstance(found, Unreadable | OSError):
+                    until = time.monotonic() + _PATIENCE_S
+                    while _still_reading() and time.monotonic() < until:
+                        time.sleep(0.01)
+                    raise found
+            return found
+        finally:
+            (sys.unraisablehook, sys.excepthook), said.disabled = hooks, disabled
 
 
 def _tried(action: Callable[[], T]) -> T | Unreadable | OSError:
@@ -58,6 +71,18 @@ def _tried(action: Callable[[], T]) -> T | Unreadable | OSError:
         elsewhere = isinstance(first, MemoryError | PermissionError)
         elsewhere |= str(first).startswith(_ELSEWHERE)
         return OSError(_short(first)) if elsewhere else Unreadable(_short(first))
+
+
+def _still_reading() -> bool:
+    """Whether a task is left of an event loop that is closed, which TensorStore may read for."""
+    gc.collect()
+    # By `type`: an object that stands for another may do anything when asked for its class.
+    futures = [x for x in gc.get_objects() if issubclass(type(x), asyncio.Future)]
+    return any(
+        future.get_loop().is_closed()
+        for future in futures
+        if not future.done() or future._log_traceback
+    )
 
 
 def _first(error: BaseException) -> BaseException:

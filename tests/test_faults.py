@@ -1,5 +1,6 @@
 """What a run survives: damaged files, full disks, kills, failures of what is beside training."""
 
+import asyncio
 import contextlib
 import dataclasses
 import itertools
@@ -10,7 +11,9 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
+import warnings
 
 import equinox as eqx
 import jax
@@ -200,6 +203,43 @@ def test_what_is_no_damage_is_told_from_it():
     with pytest.raises(Unreadable, match=r"^KeyError: 'a'$"):
         read(failing(KeyError("a")))
     assert read(lambda: 7) == 7
+
+
+@silent
+def test_what_a_failed_read_leaves_is_not_heard():
+    """A task that never began, noticed when it is collected; one that is still read for."""
+
+    async def nothing():
+        pass
+
+    def action():
+        left = nothing()
+        raise ValueError(f"of {left}")
+
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        with pytest.raises(Unreadable, match=r"^of <coroutine"):
+            read(action)
+    assert heard == []
+
+    def reading():
+        """What is read for a task holds it, and wakes its event loop at the end."""
+        loop = asyncio.new_event_loop()
+        left = loop.create_future()
+        loop.close()
+
+        def end():
+            with pytest.raises(RuntimeError, match="Event loop is closed"):
+                left.get_loop().call_soon_threadsafe(print)
+            ended.append(True)
+
+        threading.Timer(0.3, end).start()
+        raise ValueError("damaged")
+
+    ended = []
+    with pytest.raises(Unreadable, match=r"^damaged$"):
+        read(reading)
+    assert ended == [True]
 
 
 def test_a_checkpoint_from_before_there_were_checksums_is_read(copied, straight, config, data):
