@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from eqx_gpt.ops.exp import exp_of_negative
+from eqx_gpt.ops.platform import apart
 from eqx_gpt.ops.rounding import rounded, widened
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "relu2", "silu"]
@@ -55,7 +56,7 @@ def _sigmoid(x: Array) -> Array:
 
 def _silu_slope(x: Array) -> Array:
     gate = _sigmoid(x)
-    return gate + x * gate * (1 - gate)
+    return gate * (1 + x * (1 - gate))
 
 
 def _gelu_tanh_slope(x: Array) -> Array:
@@ -82,7 +83,7 @@ def _to_be_rounded(x: Array, kind: Activation) -> Array:
 
 @_to_be_rounded.defjvp
 def _(kind: Activation, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    return _to_be_rounded(*primals, kind), _SLOPES[kind](*primals) * tangents[0]
+    return _to_be_rounded(*primals, kind), _SLOPES[kind](apart(primals[0])) * tangents[0]
 
 
 def _activated(x: Array, kind: Activation) -> Float[Array, "*shape"]:

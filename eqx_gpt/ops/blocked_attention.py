@@ -23,6 +23,7 @@ from eqx_gpt.ops.bits import as_bits, concatenated, from_bits
 from eqx_gpt.ops.dropout import kept_by
 from eqx_gpt.ops.exp import exp_of_negative
 from eqx_gpt.ops.matmul import product, product_transposed, row_major
+from eqx_gpt.ops.platform import apart
 from eqx_gpt.ops.rounding import rounded
 
 _MASKED = -1e30  # finite, so that the distance to a maximum is never inf - inf
@@ -53,7 +54,8 @@ def attend(
     )
     out, lse = _few_at_a_time(run, operands, _block_size(q.shape[-3]))
     lse = _unqueries(lse[..., None], (*q.shape[:-1], 1), group)[..., 0]
-    return _unqueries(out, q.shape, group), lse
+    # Kept for both what follows and the gradients, in this one order.
+    return lax.optimization_barrier(_unqueries(out, q.shape, group)), lse
 
 
 def attend_backward(
@@ -95,100 +97,105 @@ def attend_backward(
 
 
 def _attend(
-    q: Float[Array, "n sg d"],
-    k_t: Float[Array, "n d s"],
-    v: Float[Array, "n s d"],
-    starts: Int[Array, "n s"] | None,
-    seeds: UInt32[Array, "n sg"] | None,
+    q: Float[Array, "sg d"],
+    k_t: Float[Array, "d s"],
+    v: Float[Array, "s d"],
+    starts: Int[Array, " s"] | None,
+    seeds: UInt32[Array, " sg"] | None,
     *,
     group: int,
     window: int | None,
     scale: float,
     softcap: float | None,
     rate: float,
-) -> tuple[Float[Array, "n sg d"], Float[Array, "n sg"]]:
+) -> tuple[Float[Array, "sg d"], Float[Array, " sg"]]:
     """The output, and log(sum(exp(scores))) of each query."""
     outs, sums = [], []
-    for i, end in _blocks(v.shape[1]):
+    for i, end in _blocks(len(v)):
         first = 0 if window is None else max(0, i - window + 1)
         block, keys = slice(i * group, end * group), np.arange(first, end)[None, :]
-        scores, factor = product(q[:, block], k_t[:, :, first:end]), scale
+        scores, factor = product(q[block], k_t[:, first:end]), scale
         if softcap is not None:
             scores, factor = _bent(scores, scale, softcap), 1.0
         position = np.repeat(np.arange(i, end), group)[:, None]
         seen = _visible(position, keys, window, scores.shape)
         if starts is not None:
-            start = jnp.repeat(starts[:, i:end], group, axis=1)[:, :, None]
+            start = jnp.repeat(starts[i:end], group)[:, None]
             seen = seen & _from(start, keys, scores.shape)
         # Keys before the block are seen by all of it, and their scores left as they are.
         some = slice(i - first if window is None and starts is None else 0, None)
-        masked = jnp.where(seen[:, :, some], scores[:, :, some], _MASKED)
-        scores = scores.at[:, :, some].set(masked)
+        masked = jnp.where(seen[:, some], scores[:, some], _MASKED)
+        scores = scores.at[:, some].set(masked)
         top = lax.optimization_barrier(jnp.max(scores, axis=-1, keepdims=True))
         distance = factor * (scores - jnp.broadcast_to(top, scores.shape))
         powers = exp_of_negative(distance, q.dtype)
         weights = lax.optimization_barrier(rounded(jnp.where(seen, powers, 0), q.dtype))
         total = jnp.sum(weights.astype(jnp.float32), axis=-1, keepdims=True)
         if seeds is not None:
-            rows = jnp.broadcast_to(seeds[:, block, None], weights.shape)
+            rows = jnp.broadcast_to(seeds[block, None], weights.shape)
             weights = _dropped(weights, rows, keys, rate)
-        mixed = product(weights, v[:, first:end])
+        mixed = product(weights, v[first:end])
         mixed = rounded(mixed / jnp.broadcast_to((1 - rate) * total, mixed.shape), q.dtype)
         outs.append(mixed)
         sums.append((factor * top + jnp.log(total))[..., 0])
-    return concatenated(tuple(outs), 1), jnp.concatenate(sums, axis=1)
+    return concatenated(tuple(outs), 0), jnp.concatenate(sums)
 
 
 def _attend_backward(
-    q: Float[Array, "n sg d"],
-    k: Float[Array, "n s d"],
-    k_t: Float[Array, "n d s"],
-    v: Float[Array, "n s d"],
-    d: Float[Array, "n sg d"],
-    lse: Float[Array, "n sg"],
-    delta: Float[Array, "n sg"],
-    starts: Int[Array, "n s"] | None,
-    seeds: UInt32[Array, "n sg"] | None,
+    q: Float[Array, "sg d"],
+    k: Float[Array, "s d"],
+    k_t: Float[Array, "d s"],
+    v: Float[Array, "s d"],
+    d: Float[Array, "sg d"],
+    lse: Float[Array, " sg"],
+    delta: Float[Array, " sg"],
+    starts: Int[Array, " s"] | None,
+    seeds: UInt32[Array, " sg"] | None,
     *,
     group: int,
     window: int | None,
     scale: float,
     softcap: float | None,
     rate: float,
-) -> tuple[Float[Array, "n d sg"], Float[Array, "n s d"], Float[Array, "n s d"]]:
+) -> tuple[Float[Array, "d sg"], Float[Array, "s d"], Float[Array, "s d"]]:
     """The gradients of queries, keys and values; `d` is that of the output."""
-    n, seq, head_dim = k.shape
+    seq, head_dim = k.shape
     dtype = q.dtype
-    dq_t = jnp.zeros((n, head_dim, group * seq), jnp.float32)
+    dq_t = jnp.zeros((head_dim, group * seq), jnp.float32)
     dks, dvs = [], []
     for j, end in _blocks(seq):
         last = seq if window is None else min(seq, end + window - 1)
         seeing, keys = slice(j * group, last * group), np.arange(j, end)[:, None]
-        rows, d_rows = q[:, seeing], d[:, seeing]
-        scores = _bent(product_transposed(k[:, j:end], rows), scale, softcap)
+        rows, d_rows = q[seeing], d[seeing]
+        scores = product_transposed(k[j:end], rows)
 
         def of_query(x: Array, seeing: slice = seeing, shape: tuple = scores.shape) -> Array:
-            return jnp.broadcast_to(x[:, None, seeing], shape)
+            return jnp.broadcast_to(x[None, seeing], shape)
 
         position = np.repeat(np.arange(j, last), group)[None, :]
         seen = _visible(position, keys, window, scores.shape)
         if starts is not None:
-            start = jnp.repeat(starts[:, j:last], group, axis=1)[:, None, :]
+            start = jnp.repeat(starts[j:last], group)[None, :]
             seen = seen & _from(start, keys, scores.shape)
-        powers = exp_of_negative(jnp.minimum(scores - of_query(lse), 0), dtype)
-        weights = lax.optimization_barrier(rounded(jnp.where(seen, powers, 0), dtype))
-        d_weights = product_transposed(v[:, j:end], d_rows)
-        kept = weights
+        d_weights = product_transposed(v[j:end], d_rows)
+        kept = rounded(_weights(_bent(scores, scale, softcap), of_query(lse), seen, dtype), dtype)
+        # One loop makes both from the scores: see `apart`.
+        scores = _bent(apart(scores), scale, softcap)
         if seeds is not None:
-            kept = _dropped(weights, of_query(seeds), keys, rate)
+            kept = _dropped(kept, of_query(seeds), keys, rate)
             d_weights = _dropped(d_weights, of_query(seeds), keys, rate) / (1 - rate)
         slope = scale if softcap is None else scale * (1 - jnp.square(scores / softcap))
-        d_scores = weights.astype(jnp.float32) * (d_weights - of_query(delta)) * slope
-        d_scores = lax.optimization_barrier(rounded(d_scores, dtype))
+        weights = _weights(scores, of_query(lse), seen, dtype)
+        d_scores = rounded(weights * (d_weights - of_query(delta)) * slope, dtype)
+        kept, d_scores = lax.optimization_barrier((kept, d_scores))
         dvs.append(rounded(product(kept, d_rows) / (1 - rate), dtype))
         dks.append(rounded(product(d_scores, rows), dtype))
-        dq_t = dq_t.at[:, :, seeing].add(product(k_t[:, :, j:end], d_scores))
-    return rounded(dq_t, dtype), concatenated(tuple(dks), 1), concatenated(tuple(dvs), 1)
+        dq_t = dq_t.at[:, seeing].add(product(k_t[:, j:end], d_scores))
+    return rounded(dq_t, dtype), concatenated(tuple(dks), 0), concatenated(tuple(dvs), 0)
+
+
+def _weights(scores: Array, lse: Array, seen: Array, dtype: jnp.dtype) -> Array:
+    return jnp.where(seen, exp_of_negative(jnp.minimum(scores - lse, 0), dtype), 0)
 
 
 def _dropped(x: Array, seeds: Array, columns: np.ndarray, rate: float) -> Array:
@@ -244,8 +251,10 @@ def _few_at_a_time(run: Callable, operands: tuple[Array | None, ...], block: int
     scores_of_one = block * n_query
     few = max(d for d in range(1, n + 1) if n % d == 0 and (d == 1 or d * scores_of_one <= _SCORES))
     if n == few:
-        return run(*operands)
-    parts = jax.tree.map(lambda x: as_bits(x).reshape(n // few, few, *x.shape[1:]), operands)
+        return jax.vmap(run)(*operands)
+    shape = (n,) if few == 1 else (n // few, few)
+    run = run if few == 1 else jax.vmap(run)
+    parts = jax.tree.map(lambda x: as_bits(x).reshape(*shape, *x.shape[1:]), operands)
     dtypes = []
 
     def run_part(part: tuple[Array | None, ...]) -> tuple:
@@ -256,7 +265,7 @@ def _few_at_a_time(run: Callable, operands: tuple[Array | None, ...], block: int
 
     results = lax.map(run_part, parts)
     return tuple(
-        from_bits(x, dtype).reshape(n, *x.shape[2:])
+        from_bits(x, dtype).reshape(n, *x.shape[len(shape) :])
         for x, dtype in zip(results, dtypes, strict=True)
     )
 

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import TypeVar
 
+import jax
 from jax import lax
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, PyTree, Shaped
 
 T = TypeVar("T")
 
@@ -21,6 +22,16 @@ def by_platform(*args: Array | None, cpu: Callable[..., T], default: Callable[..
 def stored(x: Array) -> Array:
     """`x`, on CPUs written to memory once instead of made anew at each use."""
     return by_platform(x, cpu=lax.optimization_barrier, default=lambda x: x)
+
+
+def apart(tree: PyTree) -> PyTree:
+    """The same numbers, of which CPUs make anew what has been made of `tree` already.
+
+    What two results need in common XLA's CPU backend writes to memory, and makes each of them in a
+    loop of its own. If all they share is what they read, one loop makes both, and finds the common
+    part by itself.
+    """
+    return jax.tree.map(stored, tree)
 
 
 def laid_out(x: Shaped[Array, "*batch m n"]) -> Shaped[Array, "*batch m n"]:
