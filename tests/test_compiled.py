@@ -73,16 +73,29 @@ from scripts.xla_loops import fuse_results, use_whole_vectors
 use_whole_vectors()
 fuse_results()
 from test_compiled import MODELS, compiled_step
-print(compiled_step(MODELS["gpt2"]))
+for name in ("gpt2", "llama"):
+    print(compiled_step(MODELS[name]), "END")
 """
     environment = {**os.environ, "XLA_FLAGS": ""}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    check_products(MODELS["gpt2"], done.stdout)
-    several = re.compile(r"= \(f32\[[\d,]+\]\S* f32\[[^)]*\) fusion\(")
-    assert several.search(done.stdout)
-    assert not several.search(compiled_step(MODELS["gpt2"]))
+    gpt2, llama, _ = done.stdout.split(" END\n")
+    check_products(MODELS["gpt2"], gpt2)
+
+    # A parameter and its two moments are made in one loop, from arrays that are read once.
+    array = re.escape(f"f32[2,{MODELS['gpt2'].n_inner},64]") + r"\{2,1,0\}"
+    update = re.compile(rf"= \({array}, {array}, {array}\) fusion\(")
+    assert len(update.findall(gpt2)) == 1
+    assert "branch_1" in gpt2  # of whether the step is taken
+    assert not re.search(rf"= {array} fusion\([^\n]*branch_1", gpt2)
+    assert not update.search(compiled_step(MODELS["gpt2"]))
+
+    # So are the two gradients of a gated activation, and no float32 of their size.
+    n_inner, rows = MODELS["llama"].n_inner, BATCH * SEQ
+    array = re.escape(f"bf16[{rows},{n_inner}]") + r"\{1,0\}"
+    assert len(re.findall(rf"= \({array}, {array}\) fusion\(", llama)) == SMALL["n_layer"]
+    assert not re.search(rf"= f32\[{BATCH},{SEQ},{n_inner}\]\S* fusion\(", llama)
 
 
 def check_products(config: GPTConfig, text: str) -> None:

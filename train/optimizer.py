@@ -4,6 +4,7 @@ Every rule is one stage of the same chain: clipping, the rule, decoupled weight 
 learning rate. The last two know each array's name.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import optax
 from jaxtyping import PyTree
 
 from eqx_gpt import lora
+from eqx_gpt.ops.platform import apart
 from eqx_gpt.shapes import Scalar
 from eqx_gpt.tree import map_with_roles, matching, name_of, named_arrays
 from train.config import OptimizerName, TrainConfig
@@ -55,6 +57,8 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArgs
         rule = kept_in(rule, jnp.bfloat16)
     schedule = optax.scale_by_learning_rate(learning_rate(config))
     optimizer = optax.chain(clip, optax.chain(rule, _decay(config), schedule, _by_name(config)))
+    if config.optimizer == "adamw" and config.moment_dtype == "float32" and _loops_end_in_several():
+        optimizer = _in_one_loop(optimizer)
 
     def update(
         updates: PyTree, state: optax.OptState, params: PyTree | None = None, **extra: Any
@@ -133,6 +137,36 @@ RULES: dict[OptimizerName, Callable[[TrainConfig], optax.GradientTransformation]
     "lion": _lion,
     "adafactor": _adafactor,
 }
+
+
+def _loops_end_in_several() -> bool:
+    """Whether a loop of XLA's CPU backend may have several results, as commands ask for
+    (`scripts/xla_loops.py`)."""
+    return "xla_cpu_use_multi_output_fusion=true" in os.environ.get("XLA_FLAGS", "")
+
+
+def _in_one_loop(
+    adamw: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """The changes and each of the moments computed apart (`eqx_gpt/ops/platform.py`), so that on
+    CPUs one loop makes all of them and reads gradients, moments and parameters once. Of three
+    loops the last would need moments that the first has overwritten: they would be copied."""
+
+    def update(
+        updates: PyTree, state: optax.OptState, params: PyTree | None = None, **extra: Any
+    ) -> tuple[PyTree, optax.OptState]:
+        _, with_mu = adamw.update(updates, state, params, **extra)
+        updates, state = apart((updates, state))
+        changes, _ = adamw.update(updates, state, params, **extra)
+        updates, state = apart((updates, state))
+        _, with_nu = adamw.update(updates, state, params, **extra)
+        return changes, jax.tree_util.tree_map_with_path(
+            lambda path, mu, nu: nu if jax.tree_util.GetAttrKey("nu") in path else mu,
+            with_mu,
+            with_nu,
+        )
+
+    return optax.GradientTransformationExtraArgs(adamw.init, update)
 
 
 def of_each_layer(rule: optax.GradientTransformation) -> optax.GradientTransformation:
