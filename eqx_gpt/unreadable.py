@@ -78,11 +78,9 @@ def _still_reading() -> bool:
     gc.collect()
     # By `type`: an object that stands for another may do anything when asked for its class.
     futures = [x for x in gc.get_objects() if issubclass(type(x), asyncio.Future)]
-    return any(
-        future.get_loop().is_closed()
-        for future in futures
-        if not future.done() or future._log_traceback
-    )
+    # `_loop`, as `get_loop` fails for one that was never initialized.
+    orphans = [x for x in futures if x._loop and x._loop.is_closed()]
+    return any(not orphan.done() or orphan._log_traceback for orphan in orphans)
 
 
 def _first(error: BaseException) -> BaseException:
