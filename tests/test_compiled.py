@@ -13,6 +13,7 @@ from tiny_run import ROOT
 
 from eqx_gpt import GPT, GPTConfig, get_config
 from eqx_gpt.config import AttentionConfig
+from eqx_gpt.ops.matmul import linear
 from train.config import TrainConfig
 from train.devices import cpu_multiplies_bfloat16
 from train.optimizer import make_optimizer
@@ -98,6 +99,23 @@ for name in ("gpt2", "llama"):
     array = re.escape(f"bf16[{rows},{n_inner}]") + r"\{1,0\}"
     assert len(re.findall(rf"= \({array}, {array}\) fusion\(", llama)) == SMALL["n_layer"]
     assert not re.search(rf"= f32\[{BATCH},{SEQ},{n_inner}\]\S* fusion\(", llama)
+
+
+def test_large_products_round_before_they_are_written():
+    """In the library's own loops, and not in one of their own, that reads float32."""
+    rows, n_in, n_out = (2, 640), 1024, 512
+
+    def gradients(x: jax.Array, weight: jax.Array, g: jax.Array) -> tuple:
+        y, pull = jax.vjp(linear, x, weight)
+        return jnp.tanh(y.astype(jnp.float32)), y, jnp.sin(pull(g)[0].astype(jnp.float32)), pull(g)
+
+    args = (jnp.zeros((*rows, n_in), jnp.bfloat16), jnp.zeros((n_out, n_in)),
+            jnp.zeros((*rows, n_out), jnp.bfloat16))  # fmt: skip
+    text = jax.jit(gradients).lower(*args).compile().as_text()
+    works = [part for part in text.split("\n}\n") if " dot(" in part]
+    assert all(" reduce(" in part for part in works)
+    results = sorted(re.search(r"-> (\w+\[[\d,]+\])", part)[1] for part in works)
+    assert results == ["bf16[2,640,1024]", "bf16[2,640,512]", "f32[512,1024]"]
 
 
 def check_products(config: GPTConfig, text: str) -> None:

@@ -6,6 +6,7 @@ alone, called canonical here: float32 out of bfloat16 `[..., m, k]` and `[..., k
 are carried out, which costs little beside a product, and barriers keep the compiler from undoing
 that: a transpose that it folds into a product makes it a slow one, or, on the way out, one that it
 cannot run.
+A large one also ends, on CPUs, before its results leave the caches: see `_ending_in_caches`.
 On other platforms a product is a product and a transpose a transpose, for XLA to fold.
 """
 
@@ -25,8 +26,13 @@ from eqx_gpt.ops.few_rows import (
     weights_come_first,
 )
 from eqx_gpt.ops.int8 import Int8
+from eqx_gpt.ops.meshed import mesh_here
 from eqx_gpt.ops.platform import by_platform, laid_out
 from eqx_gpt.ops.rounding import rounded
+
+_LARGE = 2**29  # multiplications: below, one core is as fast by itself
+_LONG = 2**13  # columns of a result, or terms of a sum
+_SOME = 2**11  # numbers: the fewest whose bytes XLA's library wants to sum
 
 
 def linear(
@@ -37,33 +43,36 @@ def linear(
 ) -> Float[Array, "*batch out"]:
     """`x @ weight.T + bias`, multiplied in the dtype of `x` and summed in float32; `dtype` is the
     result's, None for that of `x`."""
+    dtype = x.dtype if dtype is None else dtype
     if isinstance(weight, Int8):
         y = _linear(x, weight.values)
         y = y * jnp.broadcast_to(weight.scale, y.shape)
     else:
-        y = _linear(x, weight)
+        y = _linear(x, weight, dtype if bias is None else jnp.float32)
     if bias is not None:
         y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
-    return rounded(y, x.dtype if dtype is None else dtype)
+    return rounded(y, dtype)
 
 
 def product(
-    a: Float[Array, "*batch m k"], b: Float[Array, "*batch k n"]
-) -> Float[Array, "*batch m n"]:
-    """`a @ b`, float32 whatever they are."""
-    if a.dtype != jnp.bfloat16:
-        return _plain_product(a, b)
-    return by_platform(a, b, cpu=_canonical_product, default=_plain_product)
+    a: Float[Array, "*rows m k"],
+    b: Float[Array, "*batch k n"],
+    dtype: DTypeLike = jnp.float32,
+    near: Shaped[Array, " some"] | None = None,
+) -> Float[Array, "*rows m n"]:
+    """`a @ b`, summed in float32 whatever they are: of as many axes, or `b` has two. `near` is for
+    `_ending_in_caches`."""
+    return _product(a, b, dtype, near, transposed=False)
 
 
 def product_transposed(
-    a: Float[Array, "*batch m k"], b: Float[Array, "*batch n k"]
-) -> Float[Array, "*batch m n"]:
-    """`a @ swapaxes(b, -1, -2)`, float32 whatever they are."""
-    if a.dtype != jnp.bfloat16:
-        return _plain_product(a, b, transposed=True)
-    plain = partial(_plain_product, transposed=True)
-    return by_platform(a, b, cpu=partial(_canonical_product, transposed=True), default=plain)
+    a: Float[Array, "*rows m k"],
+    b: Float[Array, "*batch n k"],
+    dtype: DTypeLike = jnp.float32,
+    near: Shaped[Array, " some"] | None = None,
+) -> Float[Array, "*rows m n"]:
+    """`a @ swapaxes(b, -1, -2)`, and otherwise as `product`."""
+    return _product(a, b, dtype, near, transposed=True)
 
 
 def transposed(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch n m"]:
@@ -78,7 +87,7 @@ def row_major(x: Shaped[Array, "*batch m n"]) -> Shaped[Array, "*batch m n"]:
     return by_platform(x, cpu=laid_out, default=lambda x: x)
 
 
-def _linear(x: Array, weight: Array) -> Float[Array, "*batch out"]:
+def _linear(x: Array, weight: Array, dtype: DTypeLike = jnp.float32) -> Float[Array, "*batch out"]:
     n_row = math.prod(x.shape[:-1])
     if weight.dtype == jnp.int8 and n_row <= FEW_ROWS:
         return by_platform(x, weight, cpu=linear_few_rows_int8, default=_plain_linear)
@@ -86,7 +95,7 @@ def _linear(x: Array, weight: Array) -> Float[Array, "*batch out"]:
         return _plain_linear(x, weight)
     if weight.dtype == jnp.int8:
         weight = weight.astype(x.dtype)
-    return _linear_of_rows(x.reshape(n_row, -1), weight).reshape(*x.shape[:-1], -1)
+    return _differentiable_linear(x, weight, dtype)
 
 
 def _plain_linear(x: Array, weight: Array) -> Float[Array, "*batch out"]:
@@ -97,40 +106,103 @@ def _plain_linear(x: Array, weight: Array) -> Float[Array, "*batch out"]:
 
 
 # The weight is converted in here, so that its gradient is what the product gives, unrounded.
-@jax.custom_vjp
-def _linear_of_rows(x: Array, weight: Array) -> Float[Array, "rows out"]:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _differentiable_linear(x: Array, weight: Array, dtype: DTypeLike) -> Float[Array, "*batch out"]:
     """This runs where no gradient is asked for."""
     weight = weight.astype(x.dtype)
-    if weights_come_first(x, weight):
-        return by_platform(x, weight, cpu=linear_few_rows, default=_plain_linear)
-    return product_transposed(x, weight)
+    rows = x.reshape(-1, x.shape[-1])
+    if weights_come_first(rows, weight):
+        y = by_platform(rows, weight, cpu=linear_few_rows, default=_plain_linear)
+        return rounded(y.reshape(*x.shape[:-1], -1), dtype)
+    return product_transposed(x, weight, dtype)
 
 
-def _linear_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
-    return product_transposed(x, weight.astype(x.dtype)), (x, weight)
+def _linear_forward(
+    x: Array, weight: Array, dtype: DTypeLike
+) -> tuple[Array, tuple[Array, Array, Array | None]]:
+    large = x.size * len(weight) >= _LARGE and mesh_here() is None
+    rounded_weight = weight.astype(x.dtype)
+    near = _some(rounded_weight) if large else None
+    y = product_transposed(x, rounded_weight, dtype, near)
+    return y, (x, weight, _some(y) if large else None)
 
 
-def _linear_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, weight = residuals
+def _linear_backward(
+    _dtype: DTypeLike, residuals: tuple[Array, Array, Array | None], g: Array
+) -> tuple[Array, Array]:
+    x, weight, near = residuals
     g = g.astype(x.dtype)
+    d_x = product(g, weight.astype(x.dtype), x.dtype, near)
+    near = None if near is None else _some(d_x)
+    rows, d_rows = (y.reshape(-1, y.shape[-1]) for y in (x, g))
     # Of the two ways to the weight's gradient, the one that has less to transpose.
     if g.size <= x.size + weight.size:
-        d_weight = product(transposed(g), x)
+        d_weight = product(transposed(d_rows), rows, near=near)
     else:
-        d_weight = jnp.swapaxes(product(transposed(x), g), 0, 1)
-    d_x = rounded(product(g, weight.astype(x.dtype)), x.dtype)
+        d_weight = jnp.swapaxes(product(transposed(rows), d_rows, near=near), 0, 1)
     return d_x, d_weight.astype(weight.dtype)
 
 
-_linear_of_rows.defvjp(_linear_forward, _linear_backward)
+_differentiable_linear.defvjp(_linear_forward, _linear_backward)
 
 
-def _plain_product(a: Array, b: Array, *, transposed: bool = False) -> Array:
-    batch = tuple(range(a.ndim - 2))
+def _product(
+    a: Array, b: Array, dtype: DTypeLike, near: Array | None, *, transposed: bool
+) -> Array:
+    def plain(a: Array, b: Array, _: Array | None) -> Array:
+        return _plain_product(a, b, transposed=transposed).astype(dtype)
+
+    def canonical(a: Array, b: Array, near: Array | None) -> Array:
+        return _canonical_product(a, b, dtype, near, transposed=transposed)
+
+    if a.dtype != jnp.bfloat16:
+        return plain(a, b, near)
+    return by_platform(a, b, near, cpu=canonical, default=plain)
+
+
+def _plain_product(a: Array, b: Array, *, transposed: bool) -> Float[Array, "*batch m n"]:
+    batch = tuple(range(b.ndim - 2))
     contract = ((a.ndim - 1,), (b.ndim - (1 if transposed else 2),))
     return lax.dot_general(a, b, (contract, (batch, batch)), preferred_element_type=jnp.float32)
 
 
-def _canonical_product(a: Array, b: Array, *, transposed: bool = False) -> Array:
-    a, b = lax.optimization_barrier((a, b))
-    return lax.optimization_barrier(_plain_product(a, b, transposed=transposed))
+def _canonical_product(
+    a: Array, b: Array, dtype: DTypeLike, near: Array | None, *, transposed: bool
+) -> Array:
+    rows = a.reshape(-1, a.shape[-1]) if b.ndim == 2 else a
+    rows, b = lax.optimization_barrier((rows, b))
+    y = _plain_product(rows, b, transposed=transposed)
+    shape = (*a.shape[:-1], y.shape[-1])
+    # Of a square result the library's loops are slow if anything follows in them.
+    if near is not None and y.shape[0] != y.shape[1] and max(rows.shape[1], y.shape[1]) <= _LONG:
+        y = _ending_in_caches(y, near)
+        return lax.optimization_barrier(y.reshape(shape).astype(dtype))
+    return rounded(lax.optimization_barrier(y).reshape(shape), dtype)
+
+
+def _ending_in_caches(y: Float[Array, "m n"], near: Shaped[Array, " some"]) -> Array:
+    """`y`, a product, and what is done to each of its numbers next, as one work of XLA's library.
+
+    By itself a product writes its sums to memory several times before they are complete, and what
+    follows reads them again. The library does both at once for what belongs together, and what
+    does XLA decides by beginning at a sum: so one is added, over bytes of `near`, which is always
+    zero. What follows ends where a second thing is made of a result. `near` should be there
+    already, or be what is to come before.
+    """
+    some = lax.bitcast_convert_type(near, jnp.uint8).reshape(-1)
+    some = lax.optimization_barrier(some).astype(jnp.float32)
+    return y + jnp.broadcast_to(jnp.max(some - some), y.shape)
+
+
+def _some(x: Float[Array, "*shape"]) -> Shaped[Array, " some"]:
+    """Bits of the first of `x` on CPUs, for `_ending_in_caches`."""
+
+    def first(x: Array) -> Array:
+        kind = jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32
+        bits = lax.bitcast_convert_type(x, kind).reshape(-1)[:_SOME]
+        return bits.astype(jnp.uint16)
+
+    def none(_: Array) -> Array:
+        return jnp.zeros(min(_SOME, x.size), jnp.uint16)
+
+    return by_platform(x, cpu=first, default=none)
