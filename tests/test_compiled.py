@@ -13,6 +13,7 @@ from tiny_run import ROOT
 
 from eqx_gpt import GPT, GPTConfig, get_config
 from eqx_gpt.config import AttentionConfig
+from eqx_gpt.ops import matmul
 from eqx_gpt.ops.matmul import linear
 from train.config import TrainConfig
 from train.devices import cpu_multiplies_bfloat16
@@ -116,6 +117,17 @@ def test_large_products_round_before_they_are_written():
     assert all(" reduce(" in part for part in works)
     results = sorted(re.search(r"-> (\w+\[[\d,]+\])", part)[1] for part in works)
     assert results == ["bf16[2,640,1024]", "bf16[2,640,512]", "f32[512,1024]"]
+
+
+@pytest.mark.parametrize("remat", ["none", "block", "dots"])
+def test_large_products_are_not_computed_again_for_their_ends(remat, monkeypatch):
+    config = replace(MODELS["gpt2"], remat=remat)
+    small = len(products(compiled_step(config)))
+    monkeypatch.setattr(matmul, "_LARGE", 1)
+    jax.clear_caches()
+    text = compiled_step(config)
+    assert "bf16[4,96,64]{2,1,0} fusion(" in text
+    assert len(products(text)) == small
 
 
 def check_products(config: GPTConfig, text: str) -> None:

@@ -16,6 +16,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
@@ -32,6 +33,7 @@ from eqx_gpt.ops.rounding import rounded
 
 _LARGE = 2**29  # multiplications: below, one core is as fast by itself
 _LONG = 2**13  # columns of a result, or terms of a sum
+NEAR = "some of a large product's result"  # names what its gradients' products keep of it
 _SOME = 2**11  # numbers: the fewest whose bytes XLA's library wants to sum
 
 
@@ -55,22 +57,22 @@ def linear(
 
 
 def product(
-    a: Float[Array, "*rows m k"],
+    a: Float[Array, "*rows k"],
     b: Float[Array, "*batch k n"],
     dtype: DTypeLike = jnp.float32,
     near: Shaped[Array, " some"] | None = None,
-) -> Float[Array, "*rows m n"]:
+) -> Float[Array, "*rows n"]:
     """`a @ b`, summed in float32 whatever they are: of as many axes, or `b` has two. `near` is for
     `_ending_in_caches`."""
     return _product(a, b, dtype, near, transposed=False)
 
 
 def product_transposed(
-    a: Float[Array, "*rows m k"],
+    a: Float[Array, "*rows k"],
     b: Float[Array, "*batch n k"],
     dtype: DTypeLike = jnp.float32,
     near: Shaped[Array, " some"] | None = None,
-) -> Float[Array, "*rows m n"]:
+) -> Float[Array, "*rows n"]:
     """`a @ swapaxes(b, -1, -2)`, and otherwise as `product`."""
     return _product(a, b, dtype, near, transposed=True)
 
@@ -124,7 +126,8 @@ def _linear_forward(
     rounded_weight = weight.astype(x.dtype)
     near = _some(rounded_weight) if large else None
     y = product_transposed(x, rounded_weight, dtype, near)
-    return y, (x, weight, _some(y) if large else None)
+    # Named, so that what is computed again in the backward pass is not computed for this.
+    return y, (x, weight, checkpoint_name(_some(y), NEAR) if large else None)
 
 
 def _linear_backward(
@@ -160,7 +163,7 @@ def _product(
     return by_platform(a, b, near, cpu=canonical, default=plain)
 
 
-def _plain_product(a: Array, b: Array, *, transposed: bool) -> Float[Array, "*batch m n"]:
+def _plain_product(a: Array, b: Array, *, transposed: bool) -> Float[Array, "*rows n"]:
     batch = tuple(range(b.ndim - 2))
     contract = ((a.ndim - 1,), (b.ndim - (1 if transposed else 2),))
     return lax.dot_general(a, b, (contract, (batch, batch)), preferred_element_type=jnp.float32)
