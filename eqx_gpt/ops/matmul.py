@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
+from eqx_gpt.ops.bits import as_bits
 from eqx_gpt.ops.few_rows import (
     FEW_ROWS,
     linear_few_rows,
@@ -101,10 +102,7 @@ def _linear(x: Array, weight: Array, dtype: DTypeLike = jnp.float32) -> Float[Ar
 
 
 def _plain_linear(x: Array, weight: Array) -> Float[Array, "*batch out"]:
-    contract_last = (((x.ndim - 1,), (1,)), ((), ()))
-    return lax.dot_general(
-        x, weight.astype(x.dtype), contract_last, preferred_element_type=jnp.float32
-    )
+    return _plain_product(x, weight.astype(x.dtype), transposed=True)
 
 
 # The weight is converted in here, so that its gradient is what the product gives, unrounded.
@@ -198,14 +196,12 @@ def _ending_in_caches(y: Float[Array, "m n"], near: Shaped[Array, " some"]) -> A
 
 
 def _some(x: Float[Array, "*shape"]) -> Shaped[Array, " some"]:
-    """Bits of the first of `x` on CPUs, for `_ending_in_caches`."""
+    """The first of `x` on CPUs, for `_ending_in_caches`."""
 
     def first(x: Array) -> Array:
-        kind = jnp.uint16 if x.dtype.itemsize == 2 else jnp.uint32
-        bits = lax.bitcast_convert_type(x, kind).reshape(-1)[:_SOME]
-        return bits.astype(jnp.uint16)
+        return as_bits(x).reshape(-1)[:_SOME]
 
-    def none(_: Array) -> Array:
-        return jnp.zeros(min(_SOME, x.size), jnp.uint16)
+    def none(x: Array) -> Array:
+        return jnp.zeros(min(_SOME, x.size), as_bits(x).dtype)
 
     return by_platform(x, cpu=first, default=none)
