@@ -6,12 +6,14 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
 from tiny_run import ROOT
 
 from eqx_gpt import GPT, GPTConfig, get_config
+from eqx_gpt.cache import KVCache
 from eqx_gpt.config import AttentionConfig
 from eqx_gpt.ops import matmul
 from eqx_gpt.ops.matmul import linear
@@ -100,6 +102,32 @@ for name in ("gpt2", "llama"):
     array = re.escape(f"bf16[{rows},{n_inner}]") + r"\{1,0\}"
     assert len(re.findall(rf"= \({array}, {array}\) fusion\(", llama)) == SMALL["n_layer"]
     assert not re.search(rf"= f32\[{BATCH},{SEQ},{n_inner}\]\S* fusion\(", llama)
+
+
+def compiled_extension(config: GPTConfig, n_token: int) -> str:
+    """Of a prefill, or of one token of decoding."""
+    model = eqx.filter_eval_shape(GPT.init, config, key=jax.random.key(0))
+    model = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), model)
+    cache = eqx.filter_eval_shape(KVCache.init, config, (), SEQ, jnp.float32)
+    extend = jax.jit(lambda model, tokens, cache: model.extend(tokens, cache))
+    tokens = jax.ShapeDtypeStruct((n_token,), jnp.int32)
+    return extend.lower(model, tokens, cache).compile().as_text()
+
+
+@pytest.mark.parametrize("work", ["step", "prefill", "decoding"])
+@pytest.mark.parametrize("name", MODELS)
+def test_no_layer_does_the_work_of_those_before_it_again(name, work):
+    """What goes on from layer to layer is written down. If loops that read it made it anew, the
+    program would grow with the square of the layers, and so would its time."""
+
+    def size(n_layer: int) -> int:
+        config = replace(MODELS[name], n_layer=n_layer)
+        if work == "step":
+            return compiled_step(config).count(" = ")
+        return compiled_extension(config, {"prefill": SEQ, "decoding": 1}[work]).count(" = ")
+
+    two, four, six = size(2), size(4), size(6)
+    assert abs((six - four) - (four - two)) < 0.02 * (four - two)
 
 
 def test_large_products_round_before_they_are_written():

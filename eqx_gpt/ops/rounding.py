@@ -1,7 +1,11 @@
-"""From float32 to bfloat16 and back, where it happens within other work, and sums so rounded.
+"""From float32 to bfloat16 and back, where it happens within other work.
 
 XLA's CPU backend makes loops that end in such a conversion half as fast as memory is: with the
 rounding in integers they are vectorized whole. The numbers are the same.
+
+But XLA takes such a conversion for dear, and writes its result down for all who read it. What is
+rounded in integers it makes anew in each of their loops, with all that this was made of. So what
+goes on from layer to layer, sums and norms and their gradients, is converted by `astype`.
 """
 
 import jax
@@ -50,18 +54,3 @@ def _rounded_by_integers(x: Array) -> Array:
     up = bits + 0x7FFF + ((bits >> 16) & 1)
     bits = jnp.where(x == x, up, bits | 0x400000)  # what is not a number stays none
     return lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
-
-
-@jax.custom_jvp
-def added(x: Float[Array, "*shape"], y: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """`x + y`, of the same dtype."""
-
-    def on_cpu(x: Array, y: Array) -> Array:
-        return rounded(x.astype(jnp.float32) + y.astype(jnp.float32), x.dtype)
-
-    return by_platform(x, y, cpu=on_cpu, default=jnp.add)
-
-
-@added.defjvp
-def _added_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    return added(*primals), jnp.add(*tangents)
