@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PyTree
 
 from eqx_gpt.gpt import GPT
 from eqx_gpt.ops.matmul import product, transposed
-from eqx_gpt.ops.rounding import rounded
+from eqx_gpt.ops.rounding import rounded, rounded_once
 from eqx_gpt.tree import name_of
 
 _ITERATIONS = 5
@@ -84,11 +84,12 @@ def newton_schulz(
 ) -> Float[Array, "layer m n"]:
     """U S Vᵀ -> about U Vᵀ, for m <= n: x -> a x + b (x xᵀ) x + c (x xᵀ)² x, five times."""
     norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True))
-    x = rounded(x / jnp.broadcast_to(jnp.maximum(norm, _EPS), x.shape), dtype)
+    x = rounded_once(x / jnp.broadcast_to(jnp.maximum(norm, _EPS), x.shape), dtype)
     for _ in range(_ITERATIONS):
         gram = product(x, transposed(x)).astype(dtype)
         polynomial = _B * gram.astype(jnp.float32) + _C * product(gram, gram)
-        x = rounded(_A * x.astype(jnp.float32) + product(rounded(polynomial, dtype), x), dtype)
+        y = product(rounded(polynomial, dtype), x)
+        x = rounded_once(_A * x.astype(jnp.float32) + y, dtype)
     return x.astype(jnp.float32)
 
 

@@ -12,6 +12,7 @@ from eqx_gpt.layers.attention import Attention
 from eqx_gpt.layers.mlp import MLP
 from eqx_gpt.layers.norm import Norm
 from eqx_gpt.ops.dropout import dropout
+from eqx_gpt.ops.rounding import added
 from eqx_gpt.shapes import Hidden, PRNGKey
 from eqx_gpt.tap import NO_TAP, Tap
 
@@ -84,12 +85,12 @@ class Block(eqx.Module):
         fed = normed
         if self.config.residual == "parallel":
             x, fed = _beside(self.norm2, x)
-        after = tap("middle", x + dropout(attended, rate, keys[1]))
+        after = tap("middle", added(x, dropout(attended, rate, keys[1])))
         if self.config.residual not in ("parallel", "parallel_shared_norm"):
             after, fed = _beside(self.norm2, after)
         fed = self.mlp(tap("mlp.input", fed), tap=tap)
         fed = tap("mlp.output", _normed(self.post_norm2, fed))
-        return tap("output", after + dropout(fed, rate, keys[2])), cache
+        return tap("output", added(after, dropout(fed, rate, keys[2]))), cache
 
 
 def _beside(norm: Norm | None, x: Hidden) -> tuple[Hidden, Hidden]:

@@ -16,6 +16,7 @@ from eqx_gpt.ops.few_rows import FEW_ROWS
 from eqx_gpt.ops.matmul import product
 from eqx_gpt.ops.meshed import mesh_here
 from eqx_gpt.ops.platform import by_platform
+from eqx_gpt.ops.rounding import rounded_once
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -47,7 +48,7 @@ def _formula(
     y = _times(y * per_deviation, scale)
     if bias is not None:
         y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
-    return y.astype(x.dtype), per_deviation  # not `rounded`: many read it
+    return rounded_once(y, x.dtype), per_deviation
 
 
 def _forward(
@@ -102,7 +103,7 @@ def _by_sums(
     rows = tuple(range(x.ndim - 1))
     d_scale = None if scale is None else jnp.sum(along, axis=rows).astype(scale.dtype)
     d_bias = None if bias is None else _column_sums(dy).astype(bias.dtype)
-    return d_x.astype(x.dtype), d_scale, d_bias  # not `rounded`: many read it
+    return rounded_once(d_x, x.dtype), d_scale, d_bias
 
 
 normalize.defvjp(_forward, _backward)

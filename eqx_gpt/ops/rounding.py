@@ -1,11 +1,11 @@
-"""From float32 to bfloat16 and back, where it happens within other work.
+"""From float32 to bfloat16 and back, where it happens within other work, and sums so rounded.
 
 XLA's CPU backend makes loops that end in such a conversion half as fast as memory is: with the
 rounding in integers they are vectorized whole. The numbers are the same.
 
-But XLA takes such a conversion for dear, and writes its result down for all who read it. What is
-rounded in integers it makes anew in each of their loops, with all that this was made of. So what
-goes on from layer to layer, sums and norms and their gradients, is converted by `astype`.
+But what it takes for cheap, such integers among it, it makes anew in each loop that reads it, with
+all that this was made of. So `rounded` is for what one reads, and `rounded_once` for what goes on
+from layer to layer.
 """
 
 import jax
@@ -21,6 +21,13 @@ def rounded(x: Float[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*shape
     """`x.astype(dtype)`: to the nearest, of two as near to the even one."""
     if x.dtype == jnp.float32 and dtype == jnp.bfloat16:
         return _rounded(x)
+    return x.astype(dtype)
+
+
+def rounded_once(x: Float[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*shape"]:
+    """`rounded`, of which XLA's CPU backend writes the result down for all who read it."""
+    if x.dtype == jnp.float32 and dtype == jnp.bfloat16:
+        return _rounded_once(x)
     return x.astype(dtype)
 
 
@@ -41,6 +48,21 @@ def _rounded_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, 
     return _rounded(*primals), tangents[0].astype(jnp.bfloat16)
 
 
+@jax.custom_jvp
+def _rounded_once(x: Array) -> Array:
+    def on_cpu(x: Array) -> Array:
+        # By itself XLA takes a conversion there and back for none, and goes on with what was not
+        # rounded. A conversion is dear to it: the integers of `_rounded` are not.
+        return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7).astype(jnp.bfloat16)
+
+    return by_platform(x, cpu=on_cpu, default=lambda x: x.astype(jnp.bfloat16))
+
+
+@_rounded_once.defjvp
+def _rounded_once_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return _rounded_once(*primals), tangents[0].astype(jnp.bfloat16)
+
+
 @jax.custom_vjp
 def _widened(x: Array) -> Array:
     return x.astype(jnp.float32)
@@ -54,3 +76,20 @@ def _rounded_by_integers(x: Array) -> Array:
     up = bits + 0x7FFF + ((bits >> 16) & 1)
     bits = jnp.where(x == x, up, bits | 0x400000)  # what is not a number stays none
     return lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+
+
+@jax.custom_jvp
+def added(x: Float[Array, "*shape"], y: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`x + y`, of the same dtype, `rounded_once`."""
+
+    def on_cpu(x: Array, y: Array) -> Array:
+        if x.dtype != jnp.bfloat16:
+            return x + y
+        return rounded_once(x.astype(jnp.float32) + y.astype(jnp.float32), x.dtype)
+
+    return by_platform(x, y, cpu=on_cpu, default=jnp.add)
+
+
+@added.defjvp
+def _added_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    return added(*primals), jnp.add(*tangents)
