@@ -4,9 +4,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,12 +108,15 @@ for name in ("gpt2", "llama"):
 
 def compiled_extension(config: GPTConfig, n_token: int) -> str:
     """Of a prefill, or of one token of decoding."""
-    model = eqx.filter_eval_shape(GPT.init, config, key=jax.random.key(0))
-    model = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), model)
-    cache = eqx.filter_eval_shape(KVCache.init, config, (), SEQ, jnp.float32)
+    model = cast(GPT.init(config, key=jax.random.key(0)), jnp.bfloat16)
+    cache = KVCache.init(config, (), SEQ, jnp.float32)
     extend = jax.jit(lambda model, tokens, cache: model.extend(tokens, cache))
-    tokens = jax.ShapeDtypeStruct((n_token,), jnp.int32)
-    return extend.lower(model, tokens, cache).compile().as_text()
+    return extend.lower(model, jnp.zeros(n_token, jnp.int32), cache).compile().as_text()
+
+
+def check_grows_evenly(size: Callable[[int], int]) -> None:
+    two, four, six = size(2), size(4), size(6)
+    assert six - four == four - two
 
 
 @pytest.mark.parametrize("work", ["step", "prefill", "decoding"])
@@ -128,8 +131,7 @@ def test_no_layer_does_the_work_of_those_before_it_again(name, work):
             return compiled_step(config).count(" = ")
         return compiled_extension(config, {"prefill": SEQ, "decoding": 1}[work]).count(" = ")
 
-    two, four, six = size(2), size(4), size(6)
-    assert six - four == four - two
+    check_grows_evenly(size)
 
 
 def test_no_iteration_of_muon_does_the_work_of_those_before_it_again(monkeypatch):
@@ -139,14 +141,12 @@ def test_no_iteration_of_muon_does_the_work_of_those_before_it_again(monkeypatch
             step = jax.jit(lambda x: muon.newton_schulz(x, jnp.bfloat16))
             return step.lower(jnp.zeros((2, 96, 160))).compile().as_text().count(" = ")
 
-    two, four, six = size(2), size(4), size(6)
-    assert six - four == four - two
+    check_grows_evenly(size)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_stream_is_rounded_however_layers_are_compiled(name):
     """XLA takes a conversion to bfloat16 and back for none, if it may."""
-
     config = replace(MODELS[name], n_layer=4)
     model = cast(GPT.init(config, key=jax.random.key(0)), jnp.bfloat16)
     tokens = jax.random.randint(jax.random.key(1), (2, SEQ), 0, config.vocab_size)

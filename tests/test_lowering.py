@@ -184,8 +184,8 @@ def lowered_decode_step(platform: str) -> str:
 
 # Where the CPU's arrangements are written: the programs say of every operation where it is from.
 CPU_ONLY = (
-    '"_canonical_product', '"laid_out', '"_rounded_by_integers', "/blocked_attention.py",
-    "/few_rows.py",
+    '"_canonical_product', '"laid_out', '"_rounded_by_integers', '"_rounded_and_stored',
+    "/blocked_attention.py", "/few_rows.py",
 )  # fmt: skip
 
 

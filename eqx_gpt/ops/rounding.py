@@ -8,6 +8,9 @@ all that this was made of. So `rounded` is for what one reads, and `rounded_once
 from layer to layer.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -19,16 +22,12 @@ from eqx_gpt.ops.platform import by_platform
 
 def rounded(x: Float[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*shape"]:
     """`x.astype(dtype)`: to the nearest, of two as near to the even one."""
-    if x.dtype == jnp.float32 and dtype == jnp.bfloat16:
-        return _rounded(x)
-    return x.astype(dtype)
+    return _rounded_by(_rounded_by_integers, x, dtype)
 
 
 def rounded_once(x: Float[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*shape"]:
     """`rounded`, of which XLA's CPU backend writes the result down for all who read it."""
-    if x.dtype == jnp.float32 and dtype == jnp.bfloat16:
-        return _rounded_once(x)
-    return x.astype(dtype)
+    return _rounded_by(_rounded_and_stored, x, dtype)
 
 
 def widened(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -37,30 +36,23 @@ def widened(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return _widened(x) if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)
 
 
-@jax.custom_jvp
-def _rounded(x: Array) -> Array:
-    return by_platform(x, cpu=_rounded_by_integers, default=lambda x: x.astype(jnp.bfloat16))
+def _rounded_by(on_cpu: Callable[[Array], Array], x: Array, dtype: DTypeLike) -> Array:
+    if x.dtype == jnp.float32 and dtype == jnp.bfloat16:
+        return _rounded(on_cpu, x)
+    return x.astype(dtype)
 
 
-@_rounded.defjvp
-def _rounded_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    # Bits have no gradient of their own.
-    return _rounded(*primals), tangents[0].astype(jnp.bfloat16)
-
-
-@jax.custom_jvp
-def _rounded_once(x: Array) -> Array:
-    def on_cpu(x: Array) -> Array:
-        # By itself XLA takes a conversion there and back for none, and goes on with what was not
-        # rounded. A conversion is dear to it: the integers of `_rounded` are not.
-        return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7).astype(jnp.bfloat16)
-
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _rounded(on_cpu: Callable[[Array], Array], x: Array) -> Array:
     return by_platform(x, cpu=on_cpu, default=lambda x: x.astype(jnp.bfloat16))
 
 
-@_rounded_once.defjvp
-def _rounded_once_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    return _rounded_once(*primals), tangents[0].astype(jnp.bfloat16)
+@_rounded.defjvp
+def _rounded_jvp(
+    on_cpu: Callable[[Array], Array], primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    # Bits have no gradient of their own.
+    return _rounded(on_cpu, *primals), tangents[0].astype(jnp.bfloat16)
 
 
 @jax.custom_vjp
@@ -68,7 +60,7 @@ def _widened(x: Array) -> Array:
     return x.astype(jnp.float32)
 
 
-_widened.defvjp(lambda x: (x.astype(jnp.float32), None), lambda _, g: (_rounded(g),))
+_widened.defvjp(lambda x: (x.astype(jnp.float32), None), lambda _, g: (rounded(g, jnp.bfloat16),))
 
 
 def _rounded_by_integers(x: Array) -> Array:
@@ -78,15 +70,21 @@ def _rounded_by_integers(x: Array) -> Array:
     return lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
+def _rounded_and_stored(x: Array) -> Array:
+    # By itself XLA takes a conversion there and back for none, and goes on with what was not
+    # rounded. A conversion is dear to it: integers are not.
+    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7).astype(jnp.bfloat16)
+
+
 @jax.custom_jvp
 def added(x: Float[Array, "*shape"], y: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """`x + y`, of the same dtype, `rounded_once`."""
 
     def on_cpu(x: Array, y: Array) -> Array:
-        if x.dtype != jnp.bfloat16:
-            return x + y
-        return rounded_once(x.astype(jnp.float32) + y.astype(jnp.float32), x.dtype)
+        return _rounded_and_stored(x.astype(jnp.float32) + y.astype(jnp.float32))
 
+    if x.dtype != jnp.bfloat16:
+        return x + y
     return by_platform(x, y, cpu=on_cpu, default=jnp.add)
 
 
