@@ -190,6 +190,27 @@ def test_the_best_evaluation_is_kept_and_used(config, data, tmp_path):
     assert [path.name for path in (tmp_path / "best").iterdir()] == [str(best)]
 
 
+def test_a_best_model_without_checkpoints_is_put_aside(config, data, tmp_path, capsys):
+    """Whoever removed the checkpoints to have their room did not mean it."""
+    run, config = tmp_path / "run", dataclasses.replace(config, always_save_checkpoint=False)
+    config = dataclasses.replace(config, out_dir=str(run))
+    for aside in (run / "before", run / "before1"):
+        run_training(config, data, resume=run.exists())
+        best = named_arrays(from_pretrained(run))
+        shutil.rmtree(run / "checkpoints")
+        with pytest.raises(RunError, match="already holds a run"):
+            run_training(config, data)
+        run_training(dataclasses.replace(config, max_iters=1), data, resume=True)
+        shutil.rmtree(run / "checkpoints")
+        shutil.rmtree(run / "best")
+        assert f"no checkpoint to go on from, but a best model, now in {aside}" in (
+            capsys.readouterr().err
+        )
+        kept = named_arrays(from_pretrained(aside))
+        for name, x in best.items():
+            np.testing.assert_array_equal(kept[name], x, err_msg=name)
+
+
 def test_training_starts_from_another_model(straight, config, data, tmp_path):
     pretrained = from_pretrained(straight)
     config = dataclasses.replace(

@@ -74,9 +74,25 @@ class Checkpoints:
         return max(self._states.on_disk(), default=None)
 
     def clear(self) -> None:
-        """Remove what a run that saved no step left here: it would pass for this one's."""
-        for kept in ("best", "base") if is_writer() else ():
-            shutil.rmtree(self._run / kept, ignore_errors=True)
+        """Leave nothing here that would pass for this run's: of a run without checkpoints the best
+        model, and the frozen weights with it, go to a directory of their own, from which one can
+        sample."""
+        if not is_writer():
+            return
+        if self._best.on_disk():
+            aside, i = self._run / "before", 1
+            while (aside / self._best.directory.name).exists():
+                aside, i = self._run / f"before{i}", i + 1
+            aside.mkdir(exist_ok=True)
+            for name in ("run.json", "tokenizer_spec.json"):
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.copy2(self._run / name, aside)
+            for steps in (self._base, self._best):  # the best last: a kill between loses nothing
+                if steps.on_disk():
+                    steps.directory.rename(aside / steps.directory.name)
+            self._warn(f"no checkpoint to go on from, but a best model, now in {aside}")
+        for steps in (self._best, self._base):
+            shutil.rmtree(steps.directory, ignore_errors=True)
 
     def save(self, state: TrainState, step: int, progress: Mapping[str, Any]) -> None:
         """Start writing the state after `step` steps; of one that is on disk, the progress alone.

@@ -5,7 +5,7 @@ run.json              the resolved config, the model, its adapters, the data's m
                       token_statistics.py), the processes that trained it (see provenance.py)
 tokenizer_spec.json   the tokenizer, whole
 metrics.jsonl         one object a logged step and one an evaluation
-checkpoints/, best/   see checkpoint.py; so base/
+checkpoints/, best/   see checkpoint.py; so base/ and before/
 loss.png              where matplotlib is installed
 samples.jsonl         samples of text, where sample_interval asks for them
 report.html           all of it on one page
@@ -42,9 +42,9 @@ def has_run(directory: str | Path) -> bool:
     return (Path(directory) / "run.json").exists()
 
 
-def has_checkpoint(directory: str | Path) -> bool:
-    """Is there anything to resume from?"""
-    checkpoints = Path(directory) / "checkpoints"
+def has_checkpoint(directory: str | Path, kind: str = "checkpoints") -> bool:
+    """Is there anything to resume from? With `kind="best"`: a best model?"""
+    checkpoints = Path(directory) / kind
     return checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())
 
 
@@ -78,7 +78,7 @@ def run_config(directory: str | Path) -> TrainConfig:
 
 def check_startable(directory: str | Path) -> None:
     """RunError if the directory holds a run to lose."""
-    if has_checkpoint(directory):
+    if has_checkpoint(directory) or has_checkpoint(directory, "best"):
         raise RunError(
             f"{str(directory)!r} already holds a run; go on with --init_from resume "
             f"--out_dir {directory}, or give another --out_dir"
