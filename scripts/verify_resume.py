@@ -23,7 +23,6 @@ def main() -> int:
     parser.epilog = "The rest is train.py's. Exit code 1 if a loss, parameter or moment differs."
     parser.add_argument("steps", type=int, help="how many, 3 at least")
     parser.add_argument("--interruptions", type=int, default=3, help="SIGKILL, SIGTERM, ... (3)")
-    parser.add_argument("--mesh", default="auto", help="train.py's, of each of its runs (auto)")
     options, flags = parser.parse_known_args()
     n, draw = options.steps, random.Random(0)
     if n < 3:
@@ -32,11 +31,15 @@ def main() -> int:
     fixed = [f"--max_iters={n}", "--log_interval=1", f"--checkpoint_interval={max(1, n // 5)}"]
     with tempfile.TemporaryDirectory(prefix="eqx_gpt_verify_") as place:
         straight, stopped = Path(place) / "straight", Path(place) / "stopped"
-        mesh = f"--mesh={options.mesh}"  # a resumed run chooses anew
-        started = [*cheap, *flags, *fixed, mesh, "--wandb_log=False"]
+        started = [*cheap, *flags, *fixed, "--wandb_log=False"]
         say = partial(print, file=sys.stderr)
         say(f"{n} steps without interruption")
         run([*started, f"--out_dir={straight}"])
+
+        from train.compare import differences
+        from train.run import run_config
+
+        mesh = f"--mesh={run_config(straight).mesh}"  # a resumed run would choose anew
         argv = [*started, f"--out_dir={stopped}"]
         for i in range(options.interruptions):
             sent, step = (signal.SIGKILL, signal.SIGTERM)[i % 2], draw.randrange(n - 1)
@@ -46,9 +49,6 @@ def main() -> int:
                 argv = ["--init_from=resume", f"--out_dir={stopped}", mesh]
         say("the rest without interruption")
         run(argv)
-
-        from train.compare import differences
-
         found = differences(straight, stopped)
     for line in found:
         print(f"DIFFERS: {line}", file=sys.stderr)

@@ -23,7 +23,7 @@ def prepare(job: Job, settings: dict[str, Any]) -> Prepared:
             params.use_extra_bufts = False
             return params
 
-        vars(llama_cpp.llama_cpp)["llama_model_default_params"] = as_in_the_file
+        llama_cpp.llama_cpp.llama_model_default_params = as_in_the_file
     threads = os.cpu_count() or 1
     model = llama_cpp.Llama(
         job.source, n_ctx=job.seq + job.new_tokens + 1, n_threads=threads,
