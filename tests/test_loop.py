@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -190,25 +191,43 @@ def test_the_best_evaluation_is_kept_and_used(config, data, tmp_path):
     assert [path.name for path in (tmp_path / "best").iterdir()] == [str(best)]
 
 
-def test_a_best_model_without_checkpoints_is_put_aside(config, data, tmp_path, capsys):
-    """Whoever removed the checkpoints to have their room did not mean it."""
-    run, config = tmp_path / "run", dataclasses.replace(config, always_save_checkpoint=False)
-    config = dataclasses.replace(config, out_dir=str(run))
-    for aside in (run / "before", run / "before1"):
-        run_training(config, data, resume=run.exists())
-        best = named_arrays(from_pretrained(run))
-        shutil.rmtree(run / "checkpoints")
-        with pytest.raises(RunError, match="already holds a run"):
-            run_training(config, data)
-        run_training(dataclasses.replace(config, max_iters=1), data, resume=True)
-        shutil.rmtree(run / "checkpoints")
-        shutil.rmtree(run / "best")
-        assert f"no checkpoint to go on from, but a best model, now in {aside}" in (
-            capsys.readouterr().err
-        )
-        kept = named_arrays(from_pretrained(aside))
-        for name, x in best.items():
-            np.testing.assert_array_equal(kept[name], x, err_msg=name)
+@pytest.mark.parametrize("freeze", ["", "wte.*"])
+def test_a_best_model_without_checkpoints_is_put_aside(
+    freeze, config, data, tmp_path, monkeypatch, capsys
+):
+    """Whoever removed the checkpoints to have their room did not mean it; nor does a kill
+    between two renames lose anything."""
+    run = tmp_path / "run"
+    config = dataclasses.replace(
+        config, out_dir=str(run), always_save_checkpoint=False, freeze=freeze
+    )
+    run_training(config, data)
+    best, whole = named_arrays(from_pretrained(run)), Path.rename
+    metrics = (run / "metrics.jsonl").read_text()
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(RunError, match=r"holds the best model, of step .* another --out_dir"):
+        run_training(config, data)
+
+    def rename(self, target):
+        if self.name == "best":
+            raise KeyboardInterrupt
+        return whole(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        with pytest.raises(KeyboardInterrupt):
+            run_training(config, data, resume=True)
+    run_training(config, data, resume=True)
+    assert f"which is now in {run / 'before'}" in capsys.readouterr().err
+    assert (run / "before" / "metrics.jsonl").read_text() == metrics
+    kept = named_arrays(from_pretrained(run / "before"))
+    assert kept.keys() == best.keys()
+    for name, x in best.items():
+        np.testing.assert_array_equal(kept[name], x, err_msg=name)
+
+    shutil.rmtree(run / "checkpoints")
+    run_training(config, data, resume=True)  # which makes the same model again
+    assert not (run / "before1").exists()
 
 
 def test_training_starts_from_another_model(straight, config, data, tmp_path):

@@ -76,22 +76,28 @@ class Checkpoints:
     def clear(self) -> None:
         """Leave nothing here that would pass for this run's: of a run without checkpoints the best
         model, and the frozen weights with it, go to a directory of their own, from which one can
-        sample."""
+        sample. Not of step 0, and not one that a run killed in time would put there again."""
         if not is_writer():
             return
-        if self._best.on_disk():
+        kept = (self._base, self._best)  # the best goes last: a kill between loses nothing
+        step = max(self._best.on_disk(), default=0)
+        if step and not any(self._run.glob(f"before*/best/{step}")):
             aside, i = self._run / "before", 1
-            while (aside / self._best.directory.name).exists():
+            while any((aside / steps.directory.name).exists() for steps in kept if steps.on_disk()):
                 aside, i = self._run / f"before{i}", i + 1
             aside.mkdir(exist_ok=True)
-            for name in ("run.json", "tokenizer_spec.json"):
+            for name in ("run.json", "tokenizer_spec.json", "metrics.jsonl", "samples.jsonl"):
                 with contextlib.suppress(FileNotFoundError):
-                    shutil.copy2(self._run / name, aside)
-            for steps in (self._base, self._best):  # the best last: a kill between loses nothing
+                    shutil.copyfile(self._run / name, aside / name)
+            for steps in kept:
                 if steps.on_disk():
+                    steps.sweep()
                     steps.directory.rename(aside / steps.directory.name)
-            self._warn(f"no checkpoint to go on from, but a best model, now in {aside}")
-        for steps in (self._best, self._base):
+            self._warn(
+                f"no checkpoint to go on from, but the best model of step {step}, which is "
+                f"now in {aside}"
+            )
+        for steps in kept:
             shutil.rmtree(steps.directory, ignore_errors=True)
 
     def save(self, state: TrainState, step: int, progress: Mapping[str, Any]) -> None:
@@ -221,7 +227,7 @@ class _Steps:
         import orbax.checkpoint as ocp
 
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._sweep()
+        self.sweep()
         handlers: dict[str, Any] = {item: ocp.JsonCheckpointHandler() for item in _VALUES}
         for item in _ARRAYS:
             # Numbers hardly compress (by 7 %), and trying takes the steps' time on a CPU.
@@ -354,9 +360,9 @@ class _Steps:
             if writing is not None:
                 writing.result()
             checkpointer.close()
-        self._sweep()
+        self.sweep()
 
-    def _sweep(self) -> None:
+    def sweep(self) -> None:
         if not self.read_only and is_writer():
             for partial in self.directory.glob(f"*{_PARTIAL}*"):
                 shutil.rmtree(partial, ignore_errors=True)

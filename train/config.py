@@ -277,16 +277,6 @@ class TrainConfig:
                 f"beta2={self.beta2} adds less to the second moment than moment_dtype='bfloat16' "
                 "can hold; give --beta2 0.99 or less, or keep the moments in float32"
             )
-        if (self.optimizer, self.moment_dtype) == (
-            "adafactor",
-            "bfloat16",
-        ) and self.max_iters > 316:
-            raise ValueError(
-                f"with max_iters={self.max_iters} adafactor's last step adds "
-                f"{self.max_iters**-0.8:.2g} of its gradient's squares to the second moment, less "
-                "than moment_dtype='bfloat16' can hold; leave the moments in float32: they are a "
-                "row and a column of each matrix"
-            )
         if self.profiled.stop > self.max_iters:
             raise ValueError(
                 f"profile={self.profile!r} goes beyond max_iters={self.max_iters}; give earlier "
@@ -301,6 +291,19 @@ class TrainConfig:
             raise ValueError(
                 f"lora_rank={self.lora_rank} adapts trained weights, and init_from='scratch' has "
                 "none; name a model with --init_from"
+            )
+
+    def check_new(self) -> None:
+        """ValueError for what a run should not begin with; one that has it may go on."""
+        if (self.optimizer, self.moment_dtype) == (
+            "adafactor",
+            "bfloat16",
+        ) and self.max_iters > 316:
+            raise ValueError(
+                f"with max_iters={self.max_iters} adafactor's last step adds "
+                f"{self.max_iters**-0.8:.2g} of its gradient's squares to the second moment, less "
+                "than moment_dtype='bfloat16' can hold; leave the moments in float32: they are a "
+                "row and a column of each matrix"
             )
 
     @property

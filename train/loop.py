@@ -163,6 +163,7 @@ def _train(
     preset: str | None,
 ) -> Outcome:
     if not resume:
+        config.check_new()
         check_startable(config.out_dir)
     from_start = not has_checkpoint(config.out_dir)
     start = None

@@ -42,10 +42,14 @@ def has_run(directory: str | Path) -> bool:
     return (Path(directory) / "run.json").exists()
 
 
-def has_checkpoint(directory: str | Path, kind: str = "checkpoints") -> bool:
-    """Is there anything to resume from? With `kind="best"`: a best model?"""
-    checkpoints = Path(directory) / kind
-    return checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())
+def has_checkpoint(directory: str | Path) -> bool:
+    """Is there anything to resume from?"""
+    return bool(_steps(Path(directory) / "checkpoints"))
+
+
+def _steps(directory: Path) -> list[int]:
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    return [int(name) for name in names if name.isdecimal()]
 
 
 def read_run(directory: str | Path) -> dict[str, Any]:
@@ -78,10 +82,16 @@ def run_config(directory: str | Path) -> TrainConfig:
 
 def check_startable(directory: str | Path) -> None:
     """RunError if the directory holds a run to lose."""
-    if has_checkpoint(directory) or has_checkpoint(directory, "best"):
+    if has_checkpoint(directory):
         raise RunError(
             f"{str(directory)!r} already holds a run; go on with --init_from resume "
             f"--out_dir {directory}, or give another --out_dir"
+        )
+    if step := max(_steps(Path(directory) / "best"), default=0):
+        raise RunError(
+            f"{str(directory)!r} holds the best model, of step {step}, of a run without "
+            "checkpoints; give another --out_dir, or begin that run anew with --init_from resume "
+            f"--out_dir {directory}, which puts the model aside"
         )
 
 
