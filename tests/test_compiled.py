@@ -114,6 +114,14 @@ def compiled_extension(config: GPTConfig, n_token: int) -> str:
     return extend.lower(model, jnp.zeros(n_token, jnp.int32), cache).compile().as_text()
 
 
+@pytest.mark.parametrize("work", ["prefill", "decoding"])
+def test_angles_are_computed_once_for_all_layers_and_heads(work):
+    """In one loop for the cosines and in one for the sines, which each need both."""
+    config = replace(MODELS["llama"], n_layer=3)
+    text = compiled_extension(config, {"prefill": SEQ, "decoding": 1}[work])
+    assert (text.count(" cosine("), text.count(" sine(")) == (2, 2)
+
+
 def check_grows_evenly(size: Callable[[int], int]) -> None:
     two, four, six = size(2), size(4), size(6)
     assert six - four == four - two

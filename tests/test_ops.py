@@ -24,6 +24,7 @@ from eqx_gpt.ops import blocked_attention as blocked_attention_module
 from eqx_gpt.ops import cross_entropy as cross_entropy_module
 from eqx_gpt.ops import normalize as normalize_module
 from eqx_gpt.ops.activation import activate, activate_gated
+from eqx_gpt.ops.angles import cos_and_sin
 from eqx_gpt.ops.attention import causal_attention
 from eqx_gpt.ops.bits import split
 from eqx_gpt.ops.cached_attention import cached_attention
@@ -51,6 +52,15 @@ def check(found: jax.Array, expected: np.ndarray, bound: float) -> None:
     """No element is off by more than `bound` times the largest."""
     assert found.shape == expected.shape
     assert np.abs(f64(found) - expected).max() <= bound * np.abs(expected).max()
+
+
+def test_cosines_and_sines_are_those_of_float64():
+    angle = jnp.concatenate([normal(0, 997) * 3, normal(1, 997) * 1e5, jnp.zeros(1)])
+    exact = f64(angle)
+    for found, expected in zip(
+        jax.jit(cos_and_sin)(angle), (np.cos(exact), np.sin(exact)), strict=True
+    ):
+        np.testing.assert_allclose(f64(found), expected, rtol=0, atol=2.0**-23)
 
 
 # Attention

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from eqx_gpt.config import LinearScaling, Llama3Scaling, PositionConfig, YarnScaling
-from eqx_gpt.ops.platform import stored
+from eqx_gpt.ops.angles import cos_and_sin
 from eqx_gpt.ops.rounding import rounded
 
 
@@ -32,9 +32,7 @@ def rotate(
         a, b = jnp.split(turned, 2, axis=-1)
     else:
         a, b = turned[..., ::2], turned[..., 1::2]
-    # Stored: fused into the loop over all heads they would be computed anew for each of them.
-    cos = jnp.broadcast_to(stored(magnitude * jnp.cos(angle)), a.shape)
-    sin = jnp.broadcast_to(stored(magnitude * jnp.sin(angle)), a.shape)
+    cos, sin = (jnp.broadcast_to(magnitude * x, a.shape) for x in cos_and_sin(angle))
     pairs = (a * cos - b * sin, b * cos + a * sin)
     if config.rope_pairs == "halves":
         turned = jnp.concatenate(pairs, axis=-1)
