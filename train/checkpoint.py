@@ -36,7 +36,7 @@ from eqx_gpt.unreadable import Unreadable, read
 from train.files import write_atomically
 from train.guard import Guard
 from train.hosts import is_writer, told
-from train.run import RunError
+from train.run import RunError, steps_on_disk
 from train.saved import check_arrays
 from train.step import TrainState
 
@@ -242,10 +242,7 @@ class _Steps:
         return self._writing is not None
 
     def on_disk(self) -> list[int]:
-        """The whole ones: a step gets its number last."""
-        if not self.directory.is_dir():
-            return []
-        return [int(path.name) for path in self.directory.iterdir() if path.name.isdecimal()]
+        return steps_on_disk(self.directory)
 
     def save(
         self, step: int, trees: Mapping[str, PyTree], values: Mapping[str, Any] | None = None

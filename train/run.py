@@ -44,12 +44,14 @@ def has_run(directory: str | Path) -> bool:
 
 def has_checkpoint(directory: str | Path) -> bool:
     """Is there anything to resume from?"""
-    return bool(_steps(Path(directory) / "checkpoints"))
+    return bool(steps_on_disk(Path(directory) / "checkpoints"))
 
 
-def _steps(directory: Path) -> list[int]:
-    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    return [int(name) for name in names if name.isdecimal()]
+def steps_on_disk(directory: Path) -> list[int]:
+    """The whole ones: a step gets its number last."""
+    if not directory.is_dir():
+        return []
+    return [int(path.name) for path in directory.iterdir() if path.name.isdecimal()]
 
 
 def read_run(directory: str | Path) -> dict[str, Any]:
@@ -87,7 +89,7 @@ def check_startable(directory: str | Path) -> None:
             f"{str(directory)!r} already holds a run; go on with --init_from resume "
             f"--out_dir {directory}, or give another --out_dir"
         )
-    if step := max(_steps(Path(directory) / "best"), default=0):
+    if step := max(steps_on_disk(Path(directory) / "best"), default=0):
         raise RunError(
             f"{str(directory)!r} holds the best model, of step {step}, of a run without "
             "checkpoints; give another --out_dir, or begin that run anew with --init_from resume "
