@@ -9,11 +9,12 @@ import subprocess
 import time
 from pathlib import Path
 
+import jax
 import pytest
 from tiny_run import command, losses, make_dataset, run, start
 
 from train.cluster import Hosts, found_cluster
-from train.hosts import DIED
+from train.hosts import DIED, met_by_all
 
 FLAGS = {
     "dataset": "tiny", "n_layer": 1, "n_head": 2, "n_embd": 14, "block_size": 13, "batch_size": 12,
@@ -124,7 +125,7 @@ def test_when_a_process_dies_the_others_end_and_fewer_go_on(
     assert time.monotonic() - began < END_S
     for i, (code, err) in enumerate(results):
         if i != victim:
-            assert code not in (0, -signal.SIGKILL)
+            assert code not in (0, 2, -signal.SIGKILL)
             assert "has died" in err or "fatal error" in err.lower(), err
     saved = steps_saved(place, out_dir)[-1]
     resume(place, n - 1, out_dir, saved + 4)
@@ -155,6 +156,18 @@ def test_what_one_process_cannot_write_or_read_is_lost_to_both(place: Path) -> N
     assert f'{aside}: process 1: Error reading "' in err
     assert "Traceback" not in err
     check_against_one_process(place, "half", newest + 4)
+
+
+def test_a_program_that_fails_in_one_process_is_no_mistake_of_the_user(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lost = "UNKNOWN: Gloo all-reduce failed: Connection closed by peer"
+    for error in (ValueError(lost), ValueError("RESOURCE_EXHAUSTED: 1"), OSError("no space")):
+        assert met_by_all(error)  # there is but one process
+        with monkeypatch.context() as two:
+            two.setattr(jax, "process_count", lambda: 2)
+            assert not met_by_all(error)
+            assert met_by_all(ValueError("n_layer is 0; give at least 1"))
 
 
 def test_flags_of_processes_go_together() -> None:

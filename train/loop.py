@@ -34,7 +34,7 @@ from train.evaluate import sampled_loss
 from train.guard import BadSteps
 from train.header import header
 from train.history import add_sample
-from train.hosts import Vote, ending_together, is_writer, join, met_by_all
+from train.hosts import Vote, ending_together, in_lockstep, is_writer, join, met_by_all
 from train.interrupt import Interrupted, Interruption
 from train.lock import locked
 from train.loggers import Logger, extra_loggers
@@ -367,6 +367,7 @@ class Trainer:
         if self.reached:  # already before
             return
         previous: StepMetrics | None = None
+        lockstep = in_lockstep()
         logged_at = self.steps_done
         with prefetched(self._windows_of, self.steps_done, config.max_iters) as batches:
             first = self._windows_of(self.steps_done)
@@ -387,7 +388,7 @@ class Trainer:
                             self.state, metrics = self._step_from_host(windows, signals)
                         # The device works on this step while the host prepares the next; waiting
                         # for the one before keeps the host from running further ahead.
-                        jax.block_until_ready(previous)
+                        jax.block_until_ready(metrics if lockstep else previous)
                     self.steps_done += 1
                     if previous is not None:
                         self._check_guard()
