@@ -270,7 +270,7 @@ def test_peaks_of_tpus_are_those_that_jax_knows():
     for kind in ("TPU v4", "TPU v5 lite", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU7x"):
         version = tpu_info.chip_version_from_device_kind(kind)
         cores = 1 if kind == "TPU7x" else version.num_physical_tensor_cores_per_chip
-        info = tpu_info._get_tpu_info_impl(version, cores)
+        info = tpu_info.get_tpu_info_for_chip(version, cores)
         expected = info.bf16_ops_per_second * cores
         assert published_peak(kind) == pytest.approx(expected, rel=0.005), kind
 
