@@ -689,6 +689,15 @@ def test_activation_of_bfloat16_is_off_by_its_rounding(name: str) -> None:
     np.testing.assert_allclose(f64(slope)[smooth], expected[smooth], rtol=1.03 * 2**-8, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", reference.ACTIVATIONS)
+def test_activation_of_bfloat16_has_second_derivatives(name: str) -> None:
+    x = jnp.linspace(-7.9, 8, 1001).astype(jnp.bfloat16)
+    found = jax.vmap(jax.grad(jax.grad(lambda x: activate(x, name))))(x)
+    exact, formula, step = f64(x), reference.ACTIVATIONS[name], 1e-3
+    expected = (formula(exact + step) - 2 * formula(exact) + formula(exact - step)) / step**2
+    np.testing.assert_allclose(f64(found), expected, atol=0.01)
+
+
 def test_a_gate_of_bfloat16_has_slopes() -> None:
     gate, x = (normal(key, 1009, dtype=jnp.bfloat16) for key in (0, 1))
     y, pull = jax.vjp(lambda gate, x: activate_gated(gate, x, "silu"), gate, x)

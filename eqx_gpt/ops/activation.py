@@ -77,7 +77,8 @@ _SLOPES: dict[Activation, Callable[[Array], Array]] = {
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _to_be_rounded(x: Array, narrow: Array, kind: Activation) -> Array:
-    """`narrow` is `x` as bfloat16, of which the slope is made."""
+    """`narrow` is `x` as bfloat16, of which the slope is made: behind `apart` it is widened in the
+    loop that reads it, where `x` may be written to memory."""
     # Both GELUs take less time by their own formulas than from what their slopes need.
     return x * _sigmoid(x) if kind == "silu" else _FORMULAS[kind](x)
 
@@ -93,7 +94,7 @@ def _(
 def _activated(x: Array, kind: Activation) -> Float[Array, "*shape"]:
     """Float32, as exact as `x.dtype` can hold it."""
     if x.dtype == jnp.bfloat16 and kind in _SLOPES:
-        return _to_be_rounded(widened(x), lax.stop_gradient(x), kind)
+        return _to_be_rounded(widened(x), x, kind)
     return _FORMULAS[kind](widened(x))
 
 
