@@ -170,6 +170,7 @@ def test_shares_sum_to_the_logit_and_equal_float64(name: str) -> None:
         cap = config.logit_softcap
         uncapped = logits if cap is None else cap * np.arctanh(logits / cap)
         difference = uncapped[position, target[row]] - uncapped[position, minus[row]]
+        # Beside the heads' shares it is a sum of larger ones.
         largest = max(np.abs(value).max() for value in expected.values())
         assert abs(found.total[row] - difference) < 2e-5 * largest
 

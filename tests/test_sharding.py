@@ -71,7 +71,7 @@ def test_the_arrays_are_the_same(kind: str, mesh: str, found: dict[str, Any]) ->
 @pytest.mark.parametrize("kind", [*KINDS, "explicit"])
 def test_the_model_computes_the_same(kind: str, found: dict[str, Any]) -> None:
     """As float64, over data, fsdp and tensor; `explicit` on axes as `jax.make_mesh` makes them."""
-    # The order of the sums differs, and each is of at most 96 products.
+    # Each sum is of at most 96 products.
     assert found["errors"][kind] < 96 * np.finfo(np.float32).eps
 
 

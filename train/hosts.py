@@ -30,7 +30,11 @@ DIED = 70
 
 _LINE = 200  # bytes
 
-_FAILED_PROGRAM = re.compile(r"[A-Z]+(_[A-Z]+)*: ")  # as XLA writes the kind of an error
+# How XLA begins what it says of a program that failed.
+_FAILED_PROGRAM = re.compile(
+    "(CANCELLED|UNKNOWN|INVALID_ARGUMENT|DEADLINE_EXCEEDED|NOT_FOUND|RESOURCE_EXHAUSTED"
+    "|FAILED_PRECONDITION|ABORTED|OUT_OF_RANGE|UNIMPLEMENTED|INTERNAL|UNAVAILABLE|DATA_LOSS): "
+)
 
 EXPECTED = (ValueError, OSError, KeyboardInterrupt, jax.errors.JaxRuntimeError)
 
@@ -78,7 +82,7 @@ class Vote:
     """The largest of a small number that each process gives.
 
     The answer is to what was given at the call before this one: the devices work meanwhile, and
-    nobody waits for them. In a run of one process it is at once what is given.
+    nobody waits for them but in lockstep. In a run of one process it is at once what is given.
     """
 
     def __init__(self) -> None:
@@ -98,6 +102,8 @@ class Vote:
         shape = (jax.device_count(),)
         ballot = jax.make_array_from_callback(shape, self._where, lambda _: mine)
         self._before = self._largest(ballot)
+        if in_lockstep():
+            jax.block_until_ready(self._before)
         return 0 if before is None else int(before)
 
 
@@ -118,7 +124,8 @@ def met_by_all(error: BaseException) -> bool:
     """
     if jax.process_count() == 1:
         return True
-    return isinstance(error, ValueError) and not _FAILED_PROGRAM.match(str(error))
+    failed = type(error) is ValueError and _FAILED_PROGRAM.match(str(error))
+    return isinstance(error, ValueError) and not failed
 
 
 def ending_together(run: Callable[[], T]) -> T:

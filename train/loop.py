@@ -387,7 +387,8 @@ class Trainer:
                         else:
                             self.state, metrics = self._step_from_host(windows, signals)
                         # The device works on this step while the host prepares the next; waiting
-                        # for the one before keeps the host from running further ahead.
+                        # for the one before keeps the host from running further ahead. In lockstep
+                        # it waits for this one.
                         jax.block_until_ready(metrics if lockstep else previous)
                     self.steps_done += 1
                     if previous is not None:
