@@ -509,12 +509,12 @@ def test_a_run_killed_again_and_again_is_the_run_that_was_not(place):
     assert min(found["checkpoint"], found["evaluation"]) > 0
 
 
-@pytest.mark.parametrize("n_device", [1, 2])
-def test_a_command_verifies_that_a_run_resumes_exactly(n_device, place, monkeypatch):
+@pytest.mark.parametrize(("n_device", "mesh"), [(1, "auto"), (2, "auto"), (2, "fsdp=2")])
+def test_a_command_verifies_that_a_run_resumes_exactly(n_device, mesh, place, monkeypatch):
     """Also on a CPU as two devices, with samples and micro-batches on the way."""
     monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count={n_device}")
     more = {"batch_size": 4, "gradient_accumulation_steps": 3, "sample_interval": 4}
-    flags = {**FLAGS, **more, "decay_lr": False, "out_dir": "unused"}
+    flags = {**FLAGS, **more, "decay_lr": False, "out_dir": "unused", "mesh": mesh}
     result = run(command("verify_resume.py", 9, "--interruptions=2", **flags), place)
     assert result.returncode == 0, result.stderr
     assert (
