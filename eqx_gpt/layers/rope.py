@@ -32,7 +32,7 @@ def rotate(
         a, b = jnp.split(turned, 2, axis=-1)
     else:
         a, b = turned[..., ::2], turned[..., 1::2]
-    cos, sin = (jnp.broadcast_to(magnitude * x, a.shape) for x in cos_and_sin(angle))
+    cos, sin = (jnp.broadcast_to(magnitude * each, a.shape) for each in cos_and_sin(angle))
     pairs = (a * cos - b * sin, b * cos + a * sin)
     if config.rope_pairs == "halves":
         turned = jnp.concatenate(pairs, axis=-1)
