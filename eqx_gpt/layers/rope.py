@@ -27,7 +27,7 @@ def rotate(
     angle = angle * jnp.broadcast_to(
         jnp.asarray(frequencies), (*angle.shape[:-1], len(frequencies))
     )
-    turned, kept = x[..., :rope_dim].astype(jnp.float32), x[..., rope_dim:]
+    turned = x[..., :rope_dim].astype(jnp.float32)
     if config.rope_pairs == "halves":
         a, b = jnp.split(turned, 2, axis=-1)
     else:
@@ -38,7 +38,8 @@ def rotate(
         turned = jnp.concatenate(pairs, axis=-1)
     else:
         turned = jnp.stack(pairs, axis=-1).reshape(turned.shape)
-    return jnp.concatenate([rounded(turned, x.dtype), kept], axis=-1)
+    turned = rounded(turned, x.dtype)
+    return turned if rope_dim == head_dim else jnp.concatenate([turned, x[..., rope_dim:]], axis=-1)
 
 
 def rope_frequencies(config: PositionConfig, rope_dim: int) -> tuple[np.ndarray, float]:

@@ -123,9 +123,9 @@ def _attend(
             start = jnp.repeat(starts[i:end], group)[:, None]
             seen = seen & _from(start, keys, scores.shape)
         # Keys before the block are seen by all of it, and their scores left as they are.
-        some = slice(i - first if window is None and starts is None else 0, None)
-        masked = jnp.where(seen[:, some], scores[:, some], _MASKED)
-        scores = scores.at[:, some].set(masked)
+        some = i - first if window is None and starts is None else 0
+        masked = jnp.where(seen[:, some:], scores[:, some:], _MASKED)
+        scores = _written(scores, masked, some)
         top = lax.optimization_barrier(jnp.max(scores, axis=-1, keepdims=True))
         distance = factor * (scores - jnp.broadcast_to(top, scores.shape))
         powers = exp_of_negative(distance, q.dtype)
@@ -190,8 +190,17 @@ def _attend_backward(
         kept, d_scores = lax.optimization_barrier((kept, d_scores))
         dvs.append(rounded(product(kept, d_rows) / (1 - rate), dtype))
         dks.append(rounded(product(d_scores, rows), dtype))
-        dq_t = dq_t.at[:, seeing].add(product(k_t[:, j:end], d_scores))
+        dq_t = _written(dq_t, dq_t[:, seeing] + product(k_t[:, j:end], d_scores), j * group)
     return rounded(dq_t, dtype), concatenated(tuple(dks), 0), concatenated(tuple(dvs), 0)
+
+
+def _written(x: Array, columns: Array, first: int) -> Array:
+    """`x` with `columns` in place of its own from the `first` on.
+
+    `x.at` would scatter by an index of no numbers, an empty array, at which jaxlib 0.11 crashes
+    where devices compute by themselves (`by_part`).
+    """
+    return lax.dynamic_update_slice_in_dim(x, columns, first, axis=1)
 
 
 def _weights(scores: Array, lse: Array, seen: Array, dtype: jnp.dtype) -> Array:
