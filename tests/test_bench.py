@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from tiny_run import command, make_dataset, run
 
 import eqx_gpt
 from eqx_gpt import AttentionConfig, GPTConfig, MLPConfig, NormConfig, PositionConfig
-from scripts.benchmarks import checkpoints, growth, startup
+from scripts.benchmarks import checkpoints, growth, serve, startup
 from scripts.benchmarks.job import Contender, Job, to_json
 from scripts.benchmarks.models import subject_of
 from scripts.benchmarks.peers import peers_of
@@ -235,6 +236,21 @@ def test_peers_that_cannot(monkeypatch):
             "torch bfloat16 autocast, compiled",
         )
     ]
+
+
+def test_memory_is_the_accelerators(monkeypatch):
+    ours = serve.peak_memory()
+    assert ours is None or ours > 2**20
+    jax_of = SimpleNamespace(
+        default_backend=lambda: "gpu",
+        local_devices=lambda: [SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 3})],
+    )
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "jax", jax_of)
+    assert serve.peak_memory() == 3
+    cuda = SimpleNamespace(is_initialized=lambda: True, max_memory_allocated=lambda: 5)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    assert serve.peak_memory() == 5
 
 
 def test_growth_is_written(tmp_path):

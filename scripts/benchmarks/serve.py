@@ -35,7 +35,13 @@ def timed(work: Callable[[], object], amount: float) -> tuple[float, float]:
 
 
 def peak_memory() -> int | None:
-    """The most memory this process ever had, in bytes; None where the system does not say."""
+    """The most memory this process ever had, in bytes: of the accelerator, if it computes on one.
+    None where the system does not say."""
+    torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
+    if torch is not None and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    if torch is None and jax is not None and jax.default_backend() != "cpu":
+        return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:
