@@ -6,6 +6,7 @@ to be kept: under Linux with glibc, computing on a CPU, a command starts itself 
 unless `EQX_GPT_ALLOCATOR=off`.
 """
 
+import ctypes
 import os
 import platform
 import sys
@@ -16,6 +17,7 @@ from scripts.program_cache import OFF, keep_programs
 from scripts.xla_loops import use_whole_vectors
 
 SWITCH = "EQX_GPT_ALLOCATOR"
+_M_ARENA_MAX = -8  # of glibc's malloc.h
 _HUGE = "glibc.malloc.hugetlb=1"  # transparent ones, by madvise
 _KEPT = "glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=17179869184"
 TUNABLES = f"{_HUGE}:{_KEPT}:glibc.malloc.top_pad=268435456"
@@ -36,6 +38,16 @@ def prepare_process(name: str) -> None:
     if computes_on_cpu():
         use_whole_vectors()
     keep_programs()
+
+
+def keep_what_threads_free() -> None:
+    """Before jax computes, in a prepared process: let all threads that start from now on allocate
+    from the first of malloc's arenas, the only one that keeps gigabytes.
+
+    For steps that allocate so much at once: many small allocations wait for each other there.
+    """
+    if _HUGE in os.environ.get("GLIBC_TUNABLES", ""):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def describe_process() -> str:

@@ -73,6 +73,39 @@ def test_a_command_starts_itself_once_more_and_keeps_all_it_was_given(start):
     assert err == ""
 
 
+@linux
+@pytest.mark.parametrize(("n_embd", "kept"), [(257, True), (256, False)])
+def test_what_a_thread_frees_stays_where_steps_allocate_much(n_embd, kept):
+    code = f"""
+import ctypes, resource, sys, threading
+sys.path[:0] = [{str(ROOT)!r}]
+from scripts.cpu_devices import prepare_training
+from train.config import TrainConfig
+prepare_training(TrainConfig(n_embd={n_embd}, n_head=1))
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+def use():
+    n = ctypes.c_size_t(2**28)
+    p = ctypes.c_void_p(libc.malloc(n))
+    libc.memset(p, 1, n)
+    libc.free(p)
+def faults():
+    thread = threading.Thread(target=use)
+    thread.start()
+    thread.join()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+first = faults()
+print(faults() - first)
+"""
+    settings = {"GLIBC_TUNABLES": environment.TUNABLES, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **settings}, check=True,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    n_fault = int(done.stdout)
+    assert n_fault < 50 if kept else n_fault > 100  # of huge pages, of 2 MiB, there are 128
+
+
 WIDE = "--xla_cpu_prefer_vector_width=512"
 OPTIONS = "--xla_backend_extra_options"
 SEVERAL = "xla_cpu_use_multi_output_fusion=true"
