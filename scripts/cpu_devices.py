@@ -8,7 +8,7 @@ from scripts.xla_loops import prepare_optimizer, set_xla_flags, xla_flags
 from train.config import TrainConfig
 from train.cores import core_devices
 
-_NARROWEST = 256  # narrower models' steps allocate little at once, and much that is small
+_NARROW = 256  # models no wider allocate little at once, and much that is small
 _COUNT = "--xla_force_host_platform_device_count"
 # A run that was stopped for a night, or whose machine slept, is no run that hangs: 40 s by itself.
 _PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds"
@@ -16,13 +16,14 @@ _PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds"
 
 def prepare_training(config: TrainConfig, *, apart: bool = True) -> None:
     """Once a command knows what it will train, before jax computes: see `prepare_optimizer` and
-    `core_devices`; and memory stays with the process, see `keep_what_threads_free`.
+    `core_devices`. Memory stays with the process, see `keep_what_threads_free`, if the model is
+    wide; weights that are given count as such.
 
     Cores stay one device unless they may come `apart`, and for runs on a mesh that is named or from
     weights that are given; what `XLA_FLAGS` says of the number of devices stays.
     """
     prepare_optimizer(config.optimizer)
-    if config.n_embd > _NARROWEST and computes_on_cpu():
+    if config.n_embd > _NARROW and computes_on_cpu():
         keep_what_threads_free()
     if apart and config.mesh == "auto" and config.init_from == "scratch" and computes_on_cpu():
         rows = config.micro_batch_size or config.global_batch_size

@@ -41,12 +41,10 @@ def prepare_process(name: str) -> None:
 
 
 def keep_what_threads_free() -> None:
-    """Before jax computes, in a prepared process: let all threads that start from now on allocate
-    from the first of malloc's arenas, the only one that keeps gigabytes.
-
-    For steps that allocate so much at once: many small allocations wait for each other there.
-    """
-    if _HUGE in os.environ.get("GLIBC_TUNABLES", ""):
+    """Before a prepared process has other threads: let them allocate from malloc's first arena,
+    the only one that keeps gigabytes. Many small allocations would wait for each other there."""
+    tunables, off = os.environ.get("GLIBC_TUNABLES", ""), os.environ.get(SWITCH, "").lower() in OFF
+    if _HUGE in tunables and "arena_max" not in tunables and not off and _has_huge_pages():
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 

@@ -48,14 +48,14 @@ def main() -> int:
     base, resume = base_config(wishes)
     arguments = parse(Arguments, Arguments(base, Hosts(), wishes.preset, wishes.file), argv)
     config, hosts = arguments.settings, arguments.hosts
+    config = dataclasses.replace(config, init_from=base.init_from) if resume else config
+    prepare_training(config, apart=hosts.alone)  # before there are threads
     if resume:
-        config = dataclasses.replace(config, init_from=base.init_from)
         data = Manifest.read(Path(config.data_dir) / config.dataset)
     else:
         config, data, said = open_data(wishes, config, alone=hosts.alone)
         if said:
             print(said, file=sys.stderr)
-    prepare_training(config, apart=hosts.alone)
     if auto and not resume:  # which keeps its own
         config = with_chosen_batch(config, alone=hosts.alone)
 

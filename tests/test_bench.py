@@ -239,7 +239,7 @@ def test_peers_that_cannot(monkeypatch):
 
 
 def test_memory_is_the_accelerators(monkeypatch):
-    ours = serve.peak_memory()
+    ours = serve.peak_memory("train")
     assert ours is None or ours > 2**20
     jax_of = SimpleNamespace(
         default_backend=lambda: "gpu",
@@ -247,10 +247,11 @@ def test_memory_is_the_accelerators(monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setitem(sys.modules, "jax", jax_of)
-    assert serve.peak_memory() == 3
+    assert serve.peak_memory("train") == 3
+    assert serve.peak_memory("load") != 3
     cuda = SimpleNamespace(is_initialized=lambda: True, max_memory_allocated=lambda: 5)
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
-    assert serve.peak_memory() == 5
+    assert serve.peak_memory("train") == 5
 
 
 def test_growth_is_written(tmp_path):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_run import ROOT
@@ -187,6 +188,31 @@ def test_cores_stay_together_in_a_run_of_several_processes(monkeypatch):
 def test_flags_are_set_before_anything_computes(command, computing):
     text = (ROOT / "scripts" / command).read_text()
     assert text.index("prepare_training(config") < text.index(computing)
+    if command == "train.py":  # which may start threads
+        assert text.index("prepare_training(config") < text.index("open_data(wishes")
+
+
+@pytest.mark.parametrize(
+    ("changes", "calls"),
+    [
+        ({}, [(-8, 1)]),
+        ({"EQX_GPT_ALLOCATOR": "off"}, []),
+        ({"GLIBC_TUNABLES": f"{environment.TUNABLES}:glibc.malloc.arena_max=3"}, []),
+        ({"GLIBC_TUNABLES": "glibc.malloc.perturb=1"}, []),
+        ({"libc": "musl"}, []),
+    ],
+    ids=str,
+)
+def test_arenas_are_the_users_and_glibcs(monkeypatch, changes, calls):
+    said = []
+    libc = SimpleNamespace(mallopt=lambda *args: said.append(args))
+    monkeypatch.setattr(environment.ctypes, "CDLL", lambda name: libc)
+    monkeypatch.setattr(environment, "_has_huge_pages", lambda: "libc" not in changes)
+    settings = {"GLIBC_TUNABLES": environment.TUNABLES, "EQX_GPT_ALLOCATOR": "set", **changes}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    environment.keep_what_threads_free()
+    assert said == calls
 
 
 @linux

@@ -197,8 +197,8 @@ def _attend_backward(
 def _written(x: Array, columns: Array, first: int) -> Array:
     """`x` with `columns` in place of its own from the `first` on.
 
-    `x.at` would scatter by an index of no numbers, an empty array, at which jaxlib 0.11 crashes
-    where devices compute by themselves (`by_part`).
+    Where these are all of them, `x.at` would scatter by an index of no numbers, an empty array, at
+    which jaxlib 0.11 crashes where devices compute by themselves (`by_part`).
     """
     return lax.dynamic_update_slice_in_dim(x, columns, first, axis=1)
 

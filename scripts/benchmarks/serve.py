@@ -34,10 +34,10 @@ def timed(work: Callable[[], object], amount: float) -> tuple[float, float]:
     return time.perf_counter() - start, amount
 
 
-def peak_memory() -> int | None:
+def peak_memory(task: str) -> int | None:
     """The most memory this process ever had, in bytes: of the accelerator, if it computes on one.
-    None where the system does not say."""
-    torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
+    Of the host, where it loads files. None where the system does not say."""
+    torch, jax = (None if task == "load" else sys.modules.get(name) for name in ("torch", "jax"))
     if torch is not None and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     if torch is None and jax is not None and jax.default_backend() != "cpu":
@@ -77,7 +77,7 @@ def main() -> None:
             # have been taken back by the machine under a virtual one.
             prepared.run(max(1, repeats // 4))
             seconds, amount = prepared.run(repeats)
-            reply(seconds=seconds, amount=amount, repeats=repeats, memory=peak_memory())
+            reply(seconds=seconds, amount=amount, repeats=repeats, memory=peak_memory(job.task))
     except Exception as error:
         import traceback
 
