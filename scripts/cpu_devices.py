@@ -23,9 +23,11 @@ def prepare_training(config: TrainConfig, *, apart: bool = True) -> None:
     weights that are given; what `XLA_FLAGS` says of the number of devices stays.
     """
     prepare_optimizer(config.optimizer)
-    if config.n_embd > _NARROW and computes_on_cpu():
+    if not computes_on_cpu():
+        return
+    if config.n_embd > _NARROW:
         keep_what_threads_free()
-    if apart and config.mesh == "auto" and config.init_from == "scratch" and computes_on_cpu():
+    if apart and config.mesh == "auto" and config.init_from == "scratch":
         rows = config.micro_batch_size or config.global_batch_size
         _split(core_devices(config.n_embd, rows, config.block_size, config.optimizer))
 
