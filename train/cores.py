@@ -12,7 +12,7 @@ from pathlib import Path
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 _WIDEST = 512  # wider models keep all cores busy with each operation
-_MOST = 4  # each device holds the whole model, and more than two were never measured
+_MOST = 4  # each device holds the whole model, and more than two were never compared
 _FEWEST_TOKENS = 256  # below them a core has too little to do between two operations
 _TOGETHER, _ALONE = 1024, 512  # tokens that a core's caches hold
 
