@@ -49,7 +49,7 @@ def main() -> int:
     arguments = parse(Arguments, Arguments(base, Hosts(), wishes.preset, wishes.file), argv)
     config, hosts = arguments.settings, arguments.hosts
     config = dataclasses.replace(config, init_from=base.init_from) if resume else config
-    prepare_training(config, apart=hosts.alone)  # before there are threads
+    prepare_training(config, alone=hosts.alone)  # before there are threads
     if resume:
         data = Manifest.read(Path(config.data_dir) / config.dataset)
     else:

@@ -173,12 +173,16 @@ def test_cores_are_devices_for_small_models(monkeypatch, changes, given, n):
     assert n == (1 if found is None else int(found[1]))
 
 
-def test_cores_stay_together_in_a_run_of_several_processes(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "")
+@pytest.mark.parametrize("given", ["", "--xla_disable_hlo_passes=dce,cse"])
+def test_in_one_of_several_processes_cores_stay_together_and_sums_apart(monkeypatch, given):
+    monkeypatch.setenv("XLA_FLAGS", given)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     config = TrainConfig(n_embd=128, batch_size=12)
-    cpu_devices.prepare_training(config, apart=False)
-    assert "device_count" not in os.environ["XLA_FLAGS"]
+    cpu_devices.prepare_training(config, alone=False)
+    flags = os.environ["XLA_FLAGS"].split()
+    assert not any("device_count" in flag for flag in flags)
+    assert flags[-1] == "--xla_disable_hlo_passes=cpu-all-reduce-combiner"
+    assert given in flags or not given
 
 
 @pytest.mark.parametrize(
