@@ -22,6 +22,7 @@ from eqx_gpt.layers.norm import Norm
 from eqx_gpt.layers.rope import rotate
 from eqx_gpt.ops import blocked_attention as blocked_attention_module
 from eqx_gpt.ops import cross_entropy as cross_entropy_module
+from eqx_gpt.ops import head_tiles
 from eqx_gpt.ops import normalize as normalize_module
 from eqx_gpt.ops.activation import activate, activate_gated
 from eqx_gpt.ops.angles import cos_and_sin
@@ -264,14 +265,29 @@ def test_dropout_keeps_the_mean() -> None:
 TOKENS, D_MODEL, VOCAB = 6, 5, 11
 
 
+@pytest.fixture(params=["whole", "tiles"])
+def chunks_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """Sets how many tokens at a time see the head, at once or by tiles of 2 of the vocabulary."""
+
+    def set_tokens(n: int, itemsize: int = 4) -> None:
+        monkeypatch.setattr(cross_entropy_module, "_CHUNK_LOGITS", n * VOCAB)
+        monkeypatch.setattr(cross_entropy_module, "_TILED_CHUNK_BYTES", n * VOCAB * itemsize)
+        if request.param == "tiles":  # the last overlaps the one before
+            monkeypatch.setattr(head_tiles, "_TILE", 2)
+            monkeypatch.setattr(head_tiles, "_MULTIPLE", 2)
+        assert head_tiles.has_tiles(VOCAB) == (request.param == "tiles")
+
+    return set_tokens
+
+
 @pytest.mark.parametrize(
     ("batch", "chunk_tokens"),
     [((), 4), ((2,), 1), ((2, 3), 11), ((2, 3), 1000)],  # 4 and 11 leave a padded last chunk
 )
 def test_cross_entropy_and_its_gradients(
-    batch: tuple[int, ...], chunk_tokens: int, monkeypatch: pytest.MonkeyPatch
+    batch: tuple[int, ...], chunk_tokens: int, chunks_of: Callable
 ) -> None:
-    monkeypatch.setattr(cross_entropy_module, "_CHUNK_LOGITS", chunk_tokens * VOCAB)
+    chunks_of(chunk_tokens)
     seq = TOKENS + 1
     hidden, weight = normal(0, *batch, seq, D_MODEL), normal(1, VOCAB, D_MODEL)
     targets = jnp.asarray(np.random.default_rng(2).integers(0, VOCAB, (*batch, seq)), jnp.int32)
@@ -291,9 +307,9 @@ def test_cross_entropy_and_its_gradients(
 
 @pytest.mark.parametrize(("z_loss", "smoothing"), [(0.3, 0.0), (0.0, 0.2), (0.01, 0.1)])
 def test_cross_entropy_with_z_loss_and_label_smoothing(
-    z_loss: float, smoothing: float, monkeypatch: pytest.MonkeyPatch
+    z_loss: float, smoothing: float, chunks_of: Callable
 ) -> None:
-    monkeypatch.setattr(cross_entropy_module, "_CHUNK_LOGITS", 4 * VOCAB)
+    chunks_of(4)
     hidden, weight = normal(0, TOKENS, D_MODEL), normal(1, VOCAB, D_MODEL)
     targets = jnp.asarray(np.random.default_rng(2).integers(0, VOCAB, TOKENS), jnp.int32)
     expected, d_hidden, d_weight = reference.cross_entropy(
@@ -310,8 +326,9 @@ def test_cross_entropy_with_z_loss_and_label_smoothing(
     check(grads[1], d_weight, 2e-6)
 
 
-def test_cross_entropy_of_extreme_logits() -> None:
+def test_cross_entropy_of_extreme_logits(chunks_of: Callable) -> None:
     """Logits of some 10,000: `exp` of them has no float32, nor has 1 - p of a sure answer."""
+    chunks_of(1000)
     hidden, weight = 100 * normal(0, TOKENS, D_MODEL), 100 * normal(1, VOCAB, D_MODEL)
     logits = f64(hidden) @ f64(weight).T
     sure = logits.argmax(-1)
@@ -325,10 +342,10 @@ def test_cross_entropy_of_extreme_logits() -> None:
         assert np.abs(f64(grads[1]) - d_weight).max() <= 1e-5 * np.abs(f64(hidden)).max()
 
 
-def test_cross_entropy_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cross_entropy_in_bfloat16(chunks_of: Callable) -> None:
     """The loss is float32 throughout; a gradient is rounded once before its product and once
     after, and errors of both signs are summed."""
-    monkeypatch.setattr(cross_entropy_module, "_CHUNK_LOGITS", 97 * VOCAB)
+    chunks_of(97, itemsize=2)
     hidden = normal(0, 3, 211, D_MODEL, dtype=jnp.bfloat16)
     weight = normal(1, VOCAB, D_MODEL, dtype=jnp.bfloat16)
     targets = jnp.asarray(np.random.default_rng(2).integers(0, VOCAB, (3, 211)), jnp.int32)
@@ -343,7 +360,45 @@ def test_cross_entropy_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     check(grads[1], d_weight, 2 * BF16)
 
 
-def test_cross_entropy_under_jit_and_vmap() -> None:
+def test_cross_entropy_of_sure_answers_in_bfloat16(chunks_of: Callable) -> None:
+    """Each answer's probability is 0.996 or more, of which bfloat16 would make 1, or gradients wrong
+    by half."""
+    chunks_of(1000)
+    hidden, weight = f64(normal(0, TOKENS, D_MODEL)), normal(1, VOCAB, D_MODEL, dtype=jnp.bfloat16)
+    best = np.sort(hidden @ f64(weight).T, axis=-1)
+    hidden *= 6.5 / (best[:, -1:] - best[:, -2:-1])  # so far is the second behind
+    hidden = jnp.asarray(hidden, jnp.bfloat16)
+    logits = f64(hidden) @ f64(weight).T
+    sure = logits.argmax(-1)
+    assert 1e-3 < (1 - reference.softmax(logits)[np.arange(TOKENS), sure]).max() < 4e-3
+    _, d_hidden, d_weight = reference.cross_entropy(f64(hidden), f64(weight), sure)
+    _, grads = jax.value_and_grad(cross_entropy, argnums=(0, 1))(
+        hidden, weight, jnp.asarray(sure, jnp.int32)
+    )
+    check(grads[0], d_hidden, 2 * BF16)
+    check(grads[1], d_weight, 2 * BF16)
+
+
+def test_cross_entropy_in_tiles_as_they_are() -> None:
+    """The whole vocabulary takes part, a prime number of tokens, in float32 and bfloat16."""
+    n_vocab = 8209
+    assert head_tiles.has_tiles(n_vocab)
+    targets = np.random.default_rng(2).integers(0, n_vocab, 13)
+    targets[:3] = 0, n_vocab - 1, n_vocab - 17
+    for dtype, bound in ((jnp.float32, 2e-6), (jnp.bfloat16, 2 * BF16)):
+        hidden, weight = normal(0, 13, D_MODEL, dtype=dtype), normal(1, n_vocab, D_MODEL)
+        weight = weight.astype(dtype)
+        expected, d_hidden, d_weight = reference.cross_entropy(f64(hidden), f64(weight), targets)
+        loss, grads = jax.value_and_grad(cross_entropy, argnums=(0, 1))(
+            hidden, weight, jnp.asarray(targets, jnp.int32)
+        )
+        assert abs(float(loss) - expected) < 2e-6 * expected
+        check(grads[0], d_hidden, bound)
+        check(grads[1], d_weight, bound)
+
+
+def test_cross_entropy_under_jit_and_vmap(chunks_of: Callable) -> None:
+    chunks_of(4)
     hidden, weight = normal(0, 3, TOKENS, D_MODEL), normal(1, VOCAB, D_MODEL)
     targets = jnp.asarray(np.random.default_rng(2).integers(0, VOCAB, (3, TOKENS)), jnp.int32)
     grad = jax.grad(cross_entropy, argnums=(0, 1))
@@ -358,10 +413,10 @@ def test_cross_entropy_under_jit_and_vmap() -> None:
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_cross_entropy_with_a_bias_and_a_soft_cap(
-    softcap: float | None, monkeypatch: pytest.MonkeyPatch
+    softcap: float | None, chunks_of: Callable
 ) -> None:
     """The gradients against differences along a random direction in float64."""
-    monkeypatch.setattr(cross_entropy_module, "_CHUNK_LOGITS", 4 * VOCAB)
+    chunks_of(4)
     inputs = normal(0, TOKENS, D_MODEL), normal(1, VOCAB, D_MODEL), normal(2, VOCAB)
     targets = np.random.default_rng(3).integers(0, VOCAB, TOKENS)
 

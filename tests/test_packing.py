@@ -99,8 +99,11 @@ def test_nothing_to_learn_is_refused():
 
 
 @pytest.mark.parametrize("chunk", [2**26, 97 * 5], ids=["one chunk", "chunks of 5 tokens"])
-def test_weighted_cross_entropy(chunk, monkeypatch):
+@pytest.mark.parametrize("tile", [2048, 16], ids=["whole", "tiles"])
+def test_weighted_cross_entropy(chunk, tile, monkeypatch):
     monkeypatch.setattr("eqx_gpt.ops.cross_entropy._CHUNK_LOGITS", chunk)
+    monkeypatch.setattr("eqx_gpt.ops.cross_entropy._TILED_CHUNK_BYTES", 4 * chunk)
+    monkeypatch.setattr("eqx_gpt.ops.head_tiles._TILE", tile)
     rng = np.random.default_rng(0)
     hidden, weight = rng.standard_normal((2, 11, 7)), rng.standard_normal((97, 7))
     targets, weights = rng.integers(0, 97, (2, 11)), rng.random((2, 11))

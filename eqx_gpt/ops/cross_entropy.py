@@ -21,16 +21,19 @@ from jax import lax
 from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from eqx_gpt.ops import head_tiles
+from eqx_gpt.ops.head_tiles import bend_slope, bent, has_tiles
 from eqx_gpt.ops.int8 import Int8
 from eqx_gpt.ops.matmul import linear, product, product_transposed, transposed
 from eqx_gpt.ops.meshed import BATCH, WEIGHT, fitting, mesh_here
-from eqx_gpt.ops.platform import stored
+from eqx_gpt.ops.platform import by_platform, stored
 from eqx_gpt.ops.rounding import rounded
 from eqx_gpt.shapes import Scalar
 
 T = TypeVar("T")
 
 _CHUNK_LOGITS = 2**26  # elements: 256 MiB of float32
+_TILED_CHUNK_BYTES = 2**28  # of the logits' exponentials
 
 
 def head_logits(
@@ -40,7 +43,7 @@ def head_logits(
     softcap: float | None = None,
 ) -> Float[Array, "*batch vocab"]:
     """hidden @ weight.T + bias, bent to softcap * tanh(logits / softcap); float32."""
-    return _bent(linear(hidden, weight, bias, jnp.float32), softcap)
+    return bent(linear(hidden, weight, bias, jnp.float32), softcap)
 
 
 @dataclass(frozen=True)
@@ -250,19 +253,49 @@ def _loss_and_gradients(
 ) -> tuple[Scalar, tuple[Array, Array, Array | None]]:
     """As `_loss`, and the gradients of the hidden vectors, to be summed over the parts of the
     vocabulary, of the weight and of the bias."""
-    rows, labels, real = _chunked(hidden, weight, targets, token_weights)
-    dtype, weight = weight.dtype, weight.astype(hidden.dtype)
+
+    def whole(
+        hidden: Array, weight: Array, targets: Array, bias: Array | None, weights: Array | None
+    ) -> tuple[Scalar, tuple[Array, Array, Array | None]]:
+        of_chunk = _of_whole_vocabulary(weight.astype(hidden.dtype), bias, softcap, terms)
+        chunks = _chunked(hidden, weight, targets, weights)
+        loss, (d_hidden, d_weight_t, d_bias) = _summed(of_chunk, chunks, hidden, bias)
+        d_weight = jnp.swapaxes(d_weight_t, 0, 1).astype(weight.dtype)
+        return loss, (d_hidden, d_weight, d_bias)
+
+    def in_tiles(
+        hidden: Array, weight: Array, targets: Array, bias: Array | None, weights: Array | None
+    ) -> tuple[Scalar, tuple[Array, Array, Array | None]]:
+        def of_chunk(chunk: tuple[Array, Array, Array]) -> tuple[tuple, Array]:
+            return head_tiles.loss_and_gradients(*chunk, weight, bias, softcap, terms.z_loss)
+
+        most = _TILED_CHUNK_BYTES // hidden.dtype.itemsize
+        chunks = _chunked(hidden, weight, targets, weights, most)
+        loss, (d_hidden, d_weight, d_bias) = _summed(of_chunk, chunks, hidden, bias)
+        return loss, (d_hidden, d_weight.astype(weight.dtype), d_bias)
+
+    args = (hidden, weight, targets, bias, token_weights)
+    if terms.label_smoothing or terms.axis is not None or not has_tiles(weight.shape[0]):
+        return whole(*args)
+    return by_platform(*args, cpu=in_tiles, default=whole)
+
+
+def _of_whole_vocabulary(
+    weight: Array, bias: Array | None, softcap: float | None, terms: _Terms
+) -> Callable[[tuple[Array, Array, Array]], tuple[tuple[Scalar, Array, Array | None], Array]]:
+    """A function of a chunk of tokens, their labels and shares in the loss: its sum, its gradients
+    by the weight, transposed, and by the bias; and by the tokens."""
     weight_t = transposed(weight)
     offset = None if bias is None else bias.astype(jnp.float32)[None, :]
 
     def of_chunk(
         chunk: tuple[Array, Array, Array],
     ) -> tuple[tuple[Scalar, Array, Array | None], Array]:
-        x, y, mask = chunk
+        x, y, shares = chunk
         logits = product_transposed(x, weight)
         if offset is not None:
             logits = logits + jnp.broadcast_to(offset, logits.shape)
-        logits = _bent(logits, softcap)
+        logits = bent(logits, softcap)
         powers, power, lse = terms.powers(logits)
         loss = terms.losses(logits, lse, y)
         # The target is subtracted before any rounding, so that a confident prediction keeps the
@@ -274,33 +307,45 @@ def _loss_and_gradients(
         if terms.label_smoothing:
             one_hot = (1 - terms.label_smoothing) * one_hot + terms.label_smoothing / terms.n_vocab
         d_logits = probability - one_hot
-        d_logits = d_logits * jnp.broadcast_to((mask / targets.size)[:, None], d_logits.shape)
+        d_logits = d_logits * jnp.broadcast_to(shares[:, None], d_logits.shape)
         if softcap is not None:
-            d_logits = d_logits * (1 - jnp.square(logits / softcap))
+            d_logits = d_logits * bend_slope(logits, softcap)
         d_bias = None if bias is None else jnp.sum(d_logits, axis=0)
         d_logits = stored(rounded(d_logits, weight.dtype))
         # Both transposed: that moves less than transposing the logits' gradient would, and of a
         # product over the whole vocabulary, the other form is slow on CPUs.
         d_weight_t = product(transposed(x), d_logits)
         d_x = jnp.swapaxes(product_transposed(weight_t, d_logits), 0, 1)
-        return (jnp.sum(loss * mask), d_weight_t, d_bias), d_x
+        return (jnp.sum(loss * shares), d_weight_t, d_bias), d_x
+
+    return of_chunk
+
+
+def _summed(
+    of_chunk: Callable[[tuple[Array, Array, Array]], tuple[tuple, Array]],
+    chunks: tuple[Array, Array, Array],
+    hidden: Array,
+    bias: Array | None,
+) -> tuple[Scalar, tuple[Array, Array, Array | None]]:
+    """The loss over all chunks and its gradients, the weight's as it comes."""
+    n_token = math.prod(hidden.shape[:-1])
+    rows, labels, real = chunks
+    shares = real / n_token
 
     def add_chunk(sums: tuple, chunk: tuple[Array, Array, Array]) -> tuple[tuple, Array]:
         here, d_x = of_chunk(chunk)
         return jax.tree.map(jnp.add, sums, here), d_x
 
     # The first by itself: sums that begin with zeros would write and read all of the weight.
-    sums, d_first = of_chunk((rows[0], labels[0], real[0]))
+    sums, d_first = of_chunk((rows[0], labels[0], shares[0]))
     d_rows = d_first[None]
     if len(rows) > 1:
-        sums, d_rest = lax.scan(add_chunk, sums, (rows[1:], labels[1:], real[1:]))
+        sums, d_rest = lax.scan(add_chunk, sums, (rows[1:], labels[1:], shares[1:]))
         d_rows = jnp.concatenate([d_rows, d_rest])
-    total, d_weight_t, d_bias = sums
-    d_weight = jnp.swapaxes(d_weight_t, 0, 1).astype(dtype)
-    d_hidden = d_rows.reshape(-1, hidden.shape[-1])[: targets.size].reshape(hidden.shape)
-    d_hidden = d_hidden.astype(hidden.dtype)
+    loss, d_weight, d_bias = sums
+    d_hidden = d_rows.reshape(-1, hidden.shape[-1])[:n_token].reshape(hidden.shape)
     d_bias = None if d_bias is None or bias is None else d_bias.astype(bias.dtype)
-    return total / targets.size, (d_hidden, d_weight, d_bias)
+    return loss, (d_hidden.astype(hidden.dtype), d_weight, d_bias)
 
 
 def _backward(
@@ -318,11 +363,16 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def _chunked(
-    hidden: Array, weight: Array, targets: Array, token_weights: Array | None
+    hidden: Array,
+    weight: Array,
+    targets: Array,
+    token_weights: Array | None,
+    most: int | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Tokens in equal chunks, the last padded, and what each counts: padding nothing."""
+    """Tokens in equal chunks of at most so many logits, the last padded, and what each counts:
+    padding nothing."""
     tokens = targets.size
-    n_chunk = -(-tokens * weight.shape[0] // _CHUNK_LOGITS)
+    n_chunk = -(-tokens * weight.shape[0] // (most or _CHUNK_LOGITS))
     chunk = -(-tokens // n_chunk)
     padding = n_chunk * chunk - tokens
     rows = jnp.pad(hidden.reshape(tokens, -1), ((0, padding), (0, 0)))
@@ -335,7 +385,3 @@ def _chunked(
         labels.reshape(n_chunk, chunk),
         real.reshape(n_chunk, chunk),
     )
-
-
-def _bent(logits: Array, softcap: float | None) -> Array:
-    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
