@@ -361,8 +361,8 @@ def test_cross_entropy_in_bfloat16(chunks_of: Callable) -> None:
 
 
 def test_cross_entropy_of_sure_answers_in_bfloat16(chunks_of: Callable) -> None:
-    """Each answer's probability is 0.996 or more, of which bfloat16 would make 1, or gradients wrong
-    by half."""
+    """Each answer's probability is 0.996 or more, of which bfloat16 would make 1, or a gradient
+    that is wrong by half."""
     chunks_of(1000)
     hidden, weight = f64(normal(0, TOKENS, D_MODEL)), normal(1, VOCAB, D_MODEL, dtype=jnp.bfloat16)
     best = np.sort(hidden @ f64(weight).T, axis=-1)
