@@ -18,6 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from eqx_gpt.config import GPTConfig
+from eqx_gpt.ops import head_tiles
 from eqx_gpt.tree import named_arrays
 from scripts.benchmarks.meshes import MODELS, SEQ, Run, difference, random_windows, run
 from scripts.benchmarks.meshes import train_config as config_of
@@ -149,8 +150,11 @@ def main(directory: Path) -> None:
     # Compiling takes the time here.
     jax.config.update("jax_disable_most_optimizations", True)
     alone = run(MODELS["gpt2"], None, windows, steps=range(STEPS))
+    tile, head_tiles._TILE = head_tiles._TILE, 32
+    assert head_tiles.has_tiles(MODELS["gpt2"].vocab_size)
     on_mesh = run(MODELS["gpt2"], MESHES["fsdp=8"], windows, steps=range(STEPS))
-    found["apart"]["gpt2"] = difference(alone, on_mesh)
+    head_tiles._TILE = tile
+    found["apart"]["gpt2, on the mesh with tiles of its vocabulary"] = difference(alone, on_mesh)
     found["where"] = where(on_mesh)
     # Twelve heads, four key-value heads, and only adapters learn, of parts of documents.
     config = config_of(lora_rank=3, init_from="another")

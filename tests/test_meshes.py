@@ -56,7 +56,7 @@ def devices(n_process: int, n_local: int, platform: str = "gpu") -> list[Any]:
 def test_losses_are_those_of_one_device(found: dict[str, Any]) -> None:
     """And the windows read are the same ones, or the difference would be inf."""
     assert found["apart"].keys() == {
-        "gpt2",
+        "gpt2, on the mesh with tiles of its vocabulary",
         "packed, with adapters, heads not divided",
         "data alone, packed, with dropout, in micro-batches",
     }
