@@ -12,8 +12,8 @@ _NARROW = 256  # models no wider allocate little at once, and much that is small
 _COUNT = "--xla_force_host_platform_device_count"
 # A run that was stopped for a night, or whose machine slept, is no run that hangs: 40 s by itself.
 _PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds"
-# XLA makes one call of a step's sums, which goes on after one that failed, for a process has died:
-# the next waits for a heartbeat to miss, or takes another's numbers for its own, and is ended.
+# XLA makes one call of a step's sums over processes, which goes on after a sum that failed. Once a
+# process has died, another would then wait for numbers that never come, or be ended for wrong ones.
 _SUMS_APART = "--xla_disable_hlo_passes=cpu-all-reduce-combiner"
 
 
@@ -22,8 +22,9 @@ def prepare_training(config: TrainConfig, *, alone: bool = True) -> None:
     `core_devices`. Memory stays with the process, see `keep_what_threads_free`, if the model is
     wide; weights that are given count as such.
 
-    Cores stay one device in a process that is not `alone`, and for runs on a mesh that is named or
-    from weights that are given; what `XLA_FLAGS` says of the number of devices stays.
+    In a process that is not `alone` cores stay one device, and a step's sums stay apart. Cores
+    stay one device too for runs on a mesh that is named or from weights that are given, and what
+    `XLA_FLAGS` says of the number of devices stays.
     """
     prepare_optimizer(config.optimizer)
     if not computes_on_cpu():
@@ -31,7 +32,7 @@ def prepare_training(config: TrainConfig, *, alone: bool = True) -> None:
     if config.n_embd > _NARROW:
         keep_what_threads_free()
     if not alone:
-        set_xla_flags([*xla_flags(), _SUMS_APART])  # beside what others are left out already
+        set_xla_flags([*xla_flags(), _SUMS_APART])  # which adds to what is disabled
     elif config.mesh == "auto" and config.init_from == "scratch":
         rows = config.micro_batch_size or config.global_batch_size
         _split(core_devices(config.n_embd, rows, config.block_size, config.optimizer))

@@ -360,23 +360,51 @@ def test_cross_entropy_in_bfloat16(chunks_of: Callable) -> None:
     check(grads[1], d_weight, 2 * BF16)
 
 
-def test_cross_entropy_of_sure_answers_in_bfloat16(chunks_of: Callable) -> None:
-    """Each answer's probability is 0.996 or more, of which bfloat16 would make 1, or a gradient
-    that is wrong by half."""
+@pytest.mark.parametrize(
+    ("dtype", "gap", "shift", "bound"),
+    [(jnp.bfloat16, 6.5, 0.0, 2 * BF16), (jnp.float32, 8.5, -100.0, 2e-3)],
+    ids=["bfloat16", "float32 of large logits"],
+)
+def test_cross_entropy_of_sure_answers(
+    dtype: jnp.dtype, gap: float, shift: float, bound: float, chunks_of: Callable
+) -> None:
+    """Gradients are small by what each answer's probability lacks of 1, some 0.003 or 0.0005:
+    of that neither bfloat16 nor, of logits of 100, a float32 logarithm has many digits."""
     chunks_of(1000)
-    hidden, weight = f64(normal(0, TOKENS, D_MODEL)), normal(1, VOCAB, D_MODEL, dtype=jnp.bfloat16)
+    hidden, weight = f64(normal(0, TOKENS, D_MODEL)), normal(1, VOCAB, D_MODEL, dtype=dtype)
     best = np.sort(hidden @ f64(weight).T, axis=-1)
-    hidden *= 6.5 / (best[:, -1:] - best[:, -2:-1])  # so far is the second behind
-    hidden = jnp.asarray(hidden, jnp.bfloat16)
+    hidden *= gap / (best[:, -1:] - best[:, -2:-1])  # so far is the second behind
+    hidden, bias = jnp.asarray(hidden, dtype), jnp.full(VOCAB, shift, jnp.float32)
     logits = f64(hidden) @ f64(weight).T
     sure = logits.argmax(-1)
-    assert 1e-3 < (1 - reference.softmax(logits)[np.arange(TOKENS), sure]).max() < 4e-3
+    lacking = (1 - reference.softmax(logits)[np.arange(TOKENS), sure]).max()
+    assert 1 < lacking * np.exp(gap) < 3
     _, d_hidden, d_weight = reference.cross_entropy(f64(hidden), f64(weight), sure)
     _, grads = jax.value_and_grad(cross_entropy, argnums=(0, 1))(
-        hidden, weight, jnp.asarray(sure, jnp.int32)
+        hidden, weight, jnp.asarray(sure, jnp.int32), bias
     )
-    check(grads[0], d_hidden, 2 * BF16)
-    check(grads[1], d_weight, 2 * BF16)
+    check(grads[0], d_hidden, bound)
+    check(grads[1], d_weight, bound)
+
+
+def test_cross_entropy_of_forbidden_tokens_and_of_no_token(chunks_of: Callable) -> None:
+    """A bias of -inf takes tokens out, the first tile's among them; a label that is none is nan."""
+    chunks_of(4)
+    hidden, weight = normal(0, TOKENS, D_MODEL), normal(1, VOCAB, D_MODEL)
+    targets = np.random.default_rng(2).integers(2, VOCAB, TOKENS)
+    bias = jnp.zeros(VOCAB).at[:2].set(-jnp.inf)
+    expected, d_hidden, d_weight = reference.cross_entropy(
+        f64(hidden), f64(weight)[2:], targets - 2
+    )
+    loss_and_gradients = jax.value_and_grad(cross_entropy, argnums=(0, 1))
+    loss, grads = loss_and_gradients(hidden, weight, jnp.asarray(targets, jnp.int32), bias)
+    assert abs(float(loss) - expected) < 2e-6 * expected
+    check(grads[0], d_hidden, 2e-6)
+    check(grads[1][2:], d_weight, 2e-6)
+    assert not np.any(grads[1][:2])
+    for label in (VOCAB, -100):
+        wrong = jnp.asarray(targets, jnp.int32).at[1].set(label)
+        assert np.isnan(loss_and_gradients(hidden, weight, wrong, bias)[0])
 
 
 def test_cross_entropy_in_tiles_as_they_are() -> None:

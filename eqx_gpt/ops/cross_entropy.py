@@ -4,6 +4,9 @@ The logits of one chunk of tokens are made, used and dropped. While they exist, 
 of a differentiated call also makes the gradients from them, so nothing is computed twice: three
 products of (tokens x d_model x vocab) in all, as in the plain form.
 
+Of large vocabularies CPUs do so tile by tile (`head_tiles.py`), but with label smoothing or where
+a mesh splits the vocabulary.
+
 On a mesh each device does so for its sequences and its part of the vocabulary (Megatron-LM's
 vocabulary-parallel loss, Shoeybi et al. 2019, arXiv:1909.08053, section 3), and the gradients are
 added up once, behind the last chunk.
@@ -198,7 +201,7 @@ def _loss(
     token_weights: Array | None,
     terms: _Terms,
 ) -> Scalar:
-    rows, labels, real = _chunked(hidden, weight, targets, token_weights)
+    rows, labels, real = _chunked(hidden, weight, targets, token_weights, _CHUNK_LOGITS)
 
     def add_chunk(total: Scalar, chunk: tuple[Array, Array, Array]) -> tuple[Scalar, None]:
         x, y, mask = chunk
@@ -258,7 +261,7 @@ def _loss_and_gradients(
         hidden: Array, weight: Array, targets: Array, bias: Array | None, weights: Array | None
     ) -> tuple[Scalar, tuple[Array, Array, Array | None]]:
         of_chunk = _of_whole_vocabulary(weight.astype(hidden.dtype), bias, softcap, terms)
-        chunks = _chunked(hidden, weight, targets, weights)
+        chunks = _chunked(hidden, weight, targets, weights, _CHUNK_LOGITS)
         loss, (d_hidden, d_weight_t, d_bias) = _summed(of_chunk, chunks, hidden, bias)
         d_weight = jnp.swapaxes(d_weight_t, 0, 1).astype(weight.dtype)
         return loss, (d_hidden, d_weight, d_bias)
@@ -336,7 +339,8 @@ def _summed(
         here, d_x = of_chunk(chunk)
         return jax.tree.map(jnp.add, sums, here), d_x
 
-    # The first by itself: sums that begin with zeros would write and read all of the weight.
+    # The first by itself: sums that begin with zeros would write and read all of the weight once
+    # more.
     sums, d_first = of_chunk((rows[0], labels[0], shares[0]))
     d_rows = d_first[None]
     if len(rows) > 1:
@@ -367,12 +371,12 @@ def _chunked(
     weight: Array,
     targets: Array,
     token_weights: Array | None,
-    most: int | None = None,
+    most: int,
 ) -> tuple[Array, Array, Array]:
     """Tokens in equal chunks of at most so many logits, the last padded, and what each counts:
     padding nothing."""
     tokens = targets.size
-    n_chunk = -(-tokens * weight.shape[0] // (most or _CHUNK_LOGITS))
+    n_chunk = -(-tokens * weight.shape[0] // most)
     chunk = -(-tokens // n_chunk)
     padding = n_chunk * chunk - tokens
     rows = jnp.pad(hidden.reshape(tokens, -1), ((0, padding), (0, 0)))

@@ -50,23 +50,24 @@ def loss_and_gradients(
     Float[Array, "rows d_model"],
 ]:
     """The sum of the tokens' losses, each times its share, and its gradients by weight, bias and
-    `x`, all float32. The products are of the dtype of `x`."""
+    `x`, all float32. The products are of the dtype of `x`. Of bfloat16 it has no second derivative.
+
+    A label that is no token makes the loss nan.
+    """
     n_vocab, n_tile = weight.shape[0], -(-weight.shape[0] // _TILE)
     size = -(-n_vocab // n_tile)
     size += -size % _MULTIPLE
-    x_t, places = transposed(x), jnp.arange(size)
-    wide, n_token = x.astype(jnp.float32), len(x)
+    x_t, places, wide = transposed(x), jnp.arange(size), x.astype(jnp.float32)
+    bits = as_bits(weight)  # bfloat16 would be made float32 as a whole, to be sliced
 
     def start(i: Array) -> Array:
         """The last tile begins earlier, and in the one before."""
         return jnp.minimum(i * size, n_vocab - size)
 
-    def of_tokens(numbers: Float[Array, " rows"]) -> Float[Array, "rows 1"]:
-        return numbers[:, None]
-
-    def add_tile(carry: tuple[Array, ...], i: Array) -> tuple[tuple[Array, ...], None]:
-        before, total, d_x_t, powers, tops = carry
-        part = stored(lax.dynamic_slice_in_dim(weight, start(i), size).astype(x.dtype))
+    def add_tile(sums: tuple[Array, Array, Array], i: Array) -> tuple[tuple, tuple[Array, Array]]:
+        before, total, d_x_t = sums
+        part = from_bits(lax.dynamic_slice_in_dim(bits, start(i), size), weight.dtype)
+        part = stored(part.astype(x.dtype))
         logits = product(part, x_t)
         if bias is not None:
             offset = lax.dynamic_slice_in_dim(bias, start(i), size).astype(jnp.float32)
@@ -82,56 +83,48 @@ def loss_and_gradients(
             power = power * bend_slope(logits, softcap)
         power = stored(rounded(power, x.dtype))
         d_x_t = d_x_t * shrunk[None, :] + product(transposed(part), power)
-        powers = lax.dynamic_update_index_in_dim(powers, as_bits(power), i, 0)
-        return (top, total, d_x_t, powers, tops.at[i].set(top)), None
+        return (top, total, d_x_t), (as_bits(power), top)
 
-    nothing = jnp.zeros(n_token, jnp.float32)
-    bits = as_bits(jnp.zeros((), x.dtype)).dtype
-    (top, total, d_x_t, powers, tops), _ = lax.scan(
-        add_tile,
-        (
-            nothing - jnp.inf, nothing, jnp.zeros(x.shape[::-1], jnp.float32),
-            jnp.zeros((n_tile, size, n_token), bits), jnp.zeros((n_tile, n_token), jnp.float32),
-        ),
-        jnp.arange(n_tile),
-    )  # fmt: skip
+    nothing = jnp.zeros(len(x), jnp.float32)
+    # Not -inf: of a first tile of -inf the difference would be nan.
+    sums = nothing + jnp.finfo(jnp.float32).min, nothing, jnp.zeros(x_t.shape, jnp.float32)
+    (top, others, d_x_t), kept = lax.scan(add_tile, sums, jnp.arange(n_tile))
 
-    target = weight[labels].astype(x.dtype).astype(jnp.float32)
+    target = from_bits(bits[labels], weight.dtype).astype(x.dtype).astype(jnp.float32)
     logit = jnp.sum(wide * target, axis=-1)
     if bias is not None:
         logit = logit + bias[labels].astype(jnp.float32)
     logit = bent(logit, softcap)
-    total = total + jnp.exp(logit - top)
+    own = jnp.exp(logit - top)
+    total = others + own
     lse = top + jnp.log(total)
     loss = lse - logit + z_loss * jnp.square(lse)
-    # By the logarithm of the sum, and by the target's own logit.
-    factor = shares * (1 + 2 * z_loss * lse)
-    d_logit = shares * jnp.expm1(logit - lse) + (factor - shares) * jnp.exp(logit - lse)
+    loss = jnp.where((labels >= 0) & (labels < n_vocab), loss, jnp.nan)
+    # By the logarithm of the sum, then by the target's logit: not as probability less one, of which
+    # the rounding of large logits would leave little.
+    d_lse = shares * (1 + 2 * z_loss * lse)
+    d_logit = ((d_lse - shares) * own - shares * others) / total
     if softcap is not None:
         d_logit = d_logit * bend_slope(logit, softcap)
-    factor = factor / total
+    factor = d_lse / total
 
     def add_gradients(
-        carry: tuple[Array, Array | None], i: Array
+        sums: tuple[Array, Array | None], tile: tuple[Array, Array, Array]
     ) -> tuple[tuple[Array, Array | None], None]:
-        d_weight, d_bias = carry
-        power, here = from_bits(powers[i], x.dtype), factor * jnp.exp(tops[i] - top)
-        d_part = product(power, stored(rounded(wide * of_tokens(here), x.dtype)))
+        (d_weight, d_bias), (i, power, before) = sums, tile
+        power, here = from_bits(power, x.dtype), factor * jnp.exp(before - top)
+        d_part = product(power, stored(rounded(wide * here[:, None], x.dtype)))
         d_weight = lax.dynamic_update_slice_in_dim(d_weight, d_part, start(i), 0)
         if d_bias is not None:
-            d_part = power.astype(jnp.float32) @ here
-            d_bias = lax.dynamic_update_slice_in_dim(d_bias, d_part, start(i), 0)
+            d_offset = power.astype(jnp.float32) @ here
+            d_bias = lax.dynamic_update_slice_in_dim(d_bias, d_offset, start(i), 0)
         return (d_weight, d_bias), None
 
     # The last tile first: the one before writes what they share, which it alone has.
     d_bias = None if bias is None else jnp.zeros(n_vocab, jnp.float32)
-    (d_weight, d_bias), _ = lax.scan(
-        add_gradients,
-        (jnp.zeros(weight.shape, jnp.float32), d_bias),
-        jnp.arange(n_tile),
-        reverse=True,
-    )
-    d_weight = d_weight.at[labels].add(wide * of_tokens(d_logit))
+    sums = jnp.zeros(weight.shape, jnp.float32), d_bias
+    (d_weight, d_bias), _ = lax.scan(add_gradients, sums, (jnp.arange(n_tile), *kept), reverse=True)
+    d_weight = d_weight.at[labels].add(wide * d_logit[:, None])
     d_bias = None if d_bias is None else d_bias.at[labels].add(d_logit)
-    d_x = jnp.swapaxes(d_x_t, 0, 1) * of_tokens(factor) + target * of_tokens(d_logit)
+    d_x = jnp.swapaxes(d_x_t, 0, 1) * factor[:, None] + target * d_logit[:, None]
     return (jnp.sum(loss * shares), d_weight, d_bias), d_x
