@@ -13,6 +13,7 @@ from eqx_gpt.ops import blocked_attention, fused
 from eqx_gpt.ops.dropout import kept_by, seeds_of
 from eqx_gpt.ops.meshed import by_heads
 from eqx_gpt.ops.platform import by_platform
+from eqx_gpt.ops.softcap import bent
 from eqx_gpt.shapes import PRNGKey
 
 
@@ -188,8 +189,7 @@ def _grouped_scores(
     grouped = q.reshape(*batch, seq, kv_head, head // kv_head, head_dim)
     scores = jnp.einsum("...skgd,...tkd->...kgst", grouped, k, preferred_element_type=jnp.float32)
     scores = scores * scale
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
+    scores = bent(scores, softcap)
     distance = jnp.arange(seq)[:, None] - jnp.arange(seq)[None, :]
     visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     visible = jnp.broadcast_to(visible, scores.shape)

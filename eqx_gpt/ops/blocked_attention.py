@@ -25,6 +25,7 @@ from eqx_gpt.ops.exp import exp_of_negative
 from eqx_gpt.ops.matmul import product, product_transposed, row_major
 from eqx_gpt.ops.platform import apart
 from eqx_gpt.ops.rounding import rounded
+from eqx_gpt.ops.softcap import bend_slope, bent
 
 _MASKED = -1e30  # finite, so that the distance to a maximum is never inf - inf
 _SCORES = 2**19  # as many at a time as stay in the caches of a core or two: 2 MiB of float32
@@ -116,7 +117,7 @@ def _attend(
         block, keys = slice(i * group, end * group), np.arange(first, end)[None, :]
         scores, factor = product(q[block], k_t[:, first:end]), scale
         if softcap is not None:
-            scores, factor = _bent(scores, scale, softcap), 1.0
+            scores, factor = bent(scores * scale, softcap), 1.0
         position = np.repeat(np.arange(i, end), group)[:, None]
         seen = _visible(position, keys, window, scores.shape)
         if starts is not None:
@@ -178,13 +179,13 @@ def _attend_backward(
             start = jnp.repeat(starts[j:last], group)[None, :]
             seen = seen & _from(start, keys, scores.shape)
         d_weights = product_transposed(v[j:end], d_rows)
-        kept = rounded(_weights(_bent(scores, scale, softcap), of_query(lse), seen, dtype), dtype)
+        kept = rounded(_weights(bent(scores * scale, softcap), of_query(lse), seen, dtype), dtype)
         # One loop makes both from the scores: see `apart`.
-        scores = _bent(apart(scores), scale, softcap)
+        scores = bent(apart(scores) * scale, softcap)
         if seeds is not None:
             kept = _dropped(kept, of_query(seeds), keys, rate)
             d_weights = _dropped(d_weights, of_query(seeds), keys, rate) / (1 - rate)
-        slope = scale if softcap is None else scale * (1 - jnp.square(scores / softcap))
+        slope = scale if softcap is None else scale * bend_slope(scores, softcap)
         weights = _weights(scores, of_query(lse), seen, dtype)
         d_scores = rounded(weights * (d_weights - of_query(delta)) * slope, dtype)
         kept, d_scores = lax.optimization_barrier((kept, d_scores))
@@ -211,11 +212,6 @@ def _dropped(x: Array, seeds: Array, columns: np.ndarray, rate: float) -> Array:
     """Zero where the weight of a key, one of `columns`, is dropped."""
     kept = kept_by(seeds, jnp.broadcast_to(jnp.asarray(columns), x.shape), rate)
     return jnp.where(kept, x, jnp.zeros_like(x))
-
-
-def _bent(scores: Array, scale: float, softcap: float | None) -> Array:
-    scores = scores * scale
-    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
 def _visible(

@@ -7,6 +7,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from eqx_gpt.ops.platform import stored
+from eqx_gpt.ops.softcap import bent
 
 _HIDDEN = -1e30  # finite: padding sees nothing, and must not become NaN
 
@@ -34,8 +35,7 @@ def cached_attention(
     grouped = jnp.moveaxis(grouped, 1, 3).reshape(len(k), group * seq, head_dim)
     scores = _batched_dot(grouped, k, contract=2).reshape(*batch, kv_head, group, seq, cache)
     scores = scores / math.sqrt(head_dim) if scale is None else scores * scale
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
+    scores = bent(scores, softcap)
 
     position, key_position = offset + jnp.arange(seq)[:, None], jnp.arange(cache)[None, :]
     visible = key_position <= position

@@ -25,12 +25,12 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from eqx_gpt.ops import head_tiles
-from eqx_gpt.ops.head_tiles import bend_slope, bent, has_tiles
 from eqx_gpt.ops.int8 import Int8
 from eqx_gpt.ops.matmul import linear, product, product_transposed, transposed
 from eqx_gpt.ops.meshed import BATCH, WEIGHT, fitting, mesh_here
 from eqx_gpt.ops.platform import by_platform, stored
 from eqx_gpt.ops.rounding import rounded
+from eqx_gpt.ops.softcap import bend_slope, bent
 from eqx_gpt.shapes import Scalar
 
 T = TypeVar("T")
@@ -278,7 +278,7 @@ def _loss_and_gradients(
         return loss, (d_hidden, d_weight.astype(weight.dtype), d_bias)
 
     args = (hidden, weight, targets, bias, token_weights)
-    if terms.label_smoothing or terms.axis is not None or not has_tiles(weight.shape[0]):
+    if terms.label_smoothing or terms.axis is not None or not head_tiles.has_tiles(weight.shape[0]):
         return whole(*args)
     return by_platform(*args, cpu=in_tiles, default=whole)
 

@@ -16,6 +16,7 @@ from eqx_gpt.ops.bits import as_bits, from_bits
 from eqx_gpt.ops.matmul import product, transposed
 from eqx_gpt.ops.platform import stored
 from eqx_gpt.ops.rounding import rounded
+from eqx_gpt.ops.softcap import bend_slope, bent
 from eqx_gpt.shapes import Scalar
 
 _TILE = 2048  # of the vocabulary; with 2048 tokens 16 MiB of float32
@@ -25,16 +26,6 @@ _MULTIPLE = 16  # of which a tile has some: rows of bfloat16 in a register
 def has_tiles(n_vocab: int) -> bool:
     """Is a vocabulary so large that tiles of it gain something?"""
     return n_vocab >= 4 * _TILE
-
-
-def bent(logits: Float[Array, "*shape"], softcap: float | None) -> Float[Array, "*shape"]:
-    """softcap * tanh(logits / softcap)"""
-    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
-
-
-def bend_slope(logits: Float[Array, "*shape"], softcap: float) -> Float[Array, "*shape"]:
-    """The slope of `bent`, of what it gave."""
-    return 1 - jnp.square(logits / softcap)
 
 
 def loss_and_gradients(
