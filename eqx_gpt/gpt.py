@@ -25,7 +25,6 @@ from eqx_gpt.layers.norm import Norm
 from eqx_gpt.ops.cross_entropy import head_logits
 from eqx_gpt.ops.dropout import dropout
 from eqx_gpt.ops.int8 import Int8
-from eqx_gpt.ops.matmul import NEAR
 from eqx_gpt.ops.meshed import by_sequence, mesh_here
 from eqx_gpt.shapes import Hidden, Logits, PRNGKey, Tokens, TokensLike
 from eqx_gpt.sharding import at_use, regathers
@@ -33,8 +32,8 @@ from eqx_gpt.tap import NO_TAP, Taps
 from eqx_gpt.tree import named_weights, with_arrays
 
 _KEPT = {
-    "block": jax.checkpoint_policies.save_only_these_names(NEAR),
-    "dots": jax.checkpoint_policies.save_only_these_names(RESULT, NEAR),
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(RESULT),
 }
 
 

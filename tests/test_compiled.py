@@ -1,6 +1,5 @@
 """The compiled train step of a CPU: an upgrade that loses the fast products shows here."""
 
-import math
 import os
 import re
 import subprocess
@@ -17,8 +16,6 @@ from tiny_run import ROOT
 from eqx_gpt import GPT, GPTConfig, cast, get_config
 from eqx_gpt.cache import KVCache
 from eqx_gpt.config import AttentionConfig
-from eqx_gpt.ops import matmul
-from eqx_gpt.ops.matmul import linear
 from train import muon
 from train.config import TrainConfig
 from train.devices import cpu_multiplies_bfloat16
@@ -161,37 +158,6 @@ def test_the_stream_is_rounded_however_layers_are_compiled(name):
     tokens = jax.random.randint(jax.random.key(1), (2, SEQ), 0, config.vocab_size)
     logits = jax.jit(lambda model, tokens: model(tokens))
     np.testing.assert_array_equal(logits(model.unstacked(), tokens), logits(model, tokens))
-
-
-def test_large_products_round_before_they_are_written():
-    """In the library's own loops, and not in one of their own, that reads float32."""
-    rows, n_in, n_out = (2, 640), 1024, 512
-
-    def gradients(x: jax.Array, weight: jax.Array, g: jax.Array) -> tuple:
-        y, pull = jax.vjp(linear, x, weight)
-        return jnp.tanh(y.astype(jnp.float32)), y, jnp.sin(pull(g)[0].astype(jnp.float32)), pull(g)
-
-    args = (jnp.zeros((*rows, n_in), jnp.bfloat16), jnp.zeros((n_out, n_in)),
-            jnp.zeros((*rows, n_out), jnp.bfloat16))  # fmt: skip
-    text = jax.jit(gradients).lower(*args).compile().as_text()
-    works = [part for part in text.split("\n}\n") if " dot(" in part]
-    assert all(" reduce(" in part for part in works)
-    results = [re.search(r"-> (\w+)\[([\d,]+)\]", part) for part in works]
-    sizes = sorted((found[1], math.prod(map(int, found[2].split(",")))) for found in results)
-    assert sizes == [("bf16", 1280 * 512), ("bf16", 1280 * 1024), ("f32", 512 * 1024)]
-
-
-@pytest.mark.parametrize("remat", ["none", "block", "dots"])
-def test_large_products_are_not_computed_again_for_their_ends(remat, monkeypatch):
-    config = replace(MODELS["gpt2"], remat=remat)
-    small = len(products(compiled_step(config)))
-    with monkeypatch.context() as patch:
-        patch.setattr(matmul, "_LARGE", 1)
-        jax.clear_caches()
-        text = compiled_step(config)
-    jax.clear_caches()  # of steps traced so
-    assert "bf16[4,96,64]{2,1,0} fusion(" in text
-    assert len(products(text)) == small
 
 
 def check_products(config: GPTConfig, text: str) -> None:

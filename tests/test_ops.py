@@ -502,7 +502,7 @@ def test_gradients_of_linear_in_bfloat16() -> None:
 
 @pytest.mark.parametrize(("n_in", "n_out"), [(1031, 514), (514, 1031)])
 def test_a_large_linear_in_bfloat16(n_in: int, n_out: int) -> None:
-    """Compiled, as on a CPU its products end otherwise; both ways to the gradient of the weight."""
+    """Compiled; both ways to the gradient of the weight."""
     shapes = ((2, 523, n_in), (n_out, n_in), (2, 523, n_out))
     x, weight, g = (normal(i, *shape, dtype=jnp.bfloat16) for i, shape in enumerate(shapes))
     weight = weight.astype(jnp.float32)
@@ -511,12 +511,6 @@ def test_a_large_linear_in_bfloat16(n_in: int, n_out: int) -> None:
     check(y, f64(x) @ f64(weight).T, BF16)
     check(dx, f64(g) @ f64(weight), BF16)
     check(d_weight, np.einsum("bto,bti->oi", f64(g), f64(x)), 1e-5)
-
-    # One row that is not a number spoils no other, also where it is the first.
-    y, (dx, _) = jax.jit(_with_gradients)(x.at[0, 0].set(jnp.nan), weight, g)
-    assert np.isnan(f64(y)[0, 0]).all()
-    assert np.isnan(f64(y)).sum() == n_out
-    assert np.isfinite(f64(dx)).all()
 
 
 def _with_gradients(x: jax.Array, weight: jax.Array, g: jax.Array) -> tuple:
