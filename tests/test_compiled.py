@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from tiny_run import ROOT
 from eqx_gpt import GPT, GPTConfig, cast, get_config
 from eqx_gpt.cache import KVCache
 from eqx_gpt.config import AttentionConfig
+from eqx_gpt.ops.blocked_attention import attend_backward
 from train import muon
 from train.config import TrainConfig
 from train.devices import cpu_multiplies_bfloat16
@@ -158,6 +160,18 @@ def test_the_stream_is_rounded_however_layers_are_compiled(name):
     tokens = jax.random.randint(jax.random.key(1), (2, SEQ), 0, config.vocab_size)
     logits = jax.jit(lambda model, tokens: model(tokens))
     np.testing.assert_array_equal(logits(model.unstacked(), tokens), logits(model, tokens))
+
+
+def test_gradients_of_queries_are_summed_without_updates_in_place():
+    """Those, one in another, XLA makes on scalars."""
+    x = jnp.zeros((1, 600, 2, 64), jnp.bfloat16)
+    backward = partial(
+        attend_backward, starts=None, seeds=None, window=None, scale=1.0, softcap=None, rate=0.0
+    )
+    numbers = jnp.zeros((1, 600, 2))
+    text = jax.jit(backward).lower(x, x, x, out=x, lse=numbers, d=x).compile().as_text()
+    assert " dot(" in text
+    assert not re.search(r"= f32\S+ dynamic-update-slice\(", text)
 
 
 def check_products(config: GPTConfig, text: str) -> None:

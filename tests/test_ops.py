@@ -500,22 +500,23 @@ def test_gradients_of_linear_in_bfloat16() -> None:
         check(d_weight, np.einsum("bto,bti->oi", f64(g), f64(x)), BF16)
 
 
-@pytest.mark.parametrize(("n_in", "n_out"), [(1031, 514), (514, 1031)])
-def test_a_large_linear_in_bfloat16(n_in: int, n_out: int) -> None:
-    """Compiled; both ways to the gradient of the weight."""
-    shapes = ((2, 523, n_in), (n_out, n_in), (2, 523, n_out))
-    x, weight, g = (normal(i, *shape, dtype=jnp.bfloat16) for i, shape in enumerate(shapes))
-    weight = weight.astype(jnp.float32)
-    y, (dx, d_weight) = jax.jit(_with_gradients)(x, weight, g)
-    assert (y.dtype, dx.dtype, d_weight.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
-    check(y, f64(x) @ f64(weight).T, BF16)
+@pytest.mark.parametrize("n_out", [6, 222])
+def test_the_gradient_of_a_float32_weight_is_not_rounded(n_out: int) -> None:
+    x, g = normal(0, 3, 101, 34, dtype=jnp.bfloat16), normal(2, 3, 101, n_out, dtype=jnp.bfloat16)
+
+    @jax.jit
+    def gradients(x: jax.Array, weight: jax.Array, bias: jax.Array, g: jax.Array) -> tuple:
+        y, pull = jax.vjp(linear, x, weight, bias)
+        return y, pull(g)
+
+    weight, bias = normal(1, n_out, 34), normal(3, n_out)
+    y, (dx, d_weight, d_bias) = gradients(x, weight, bias, g)
+    assert (y.dtype, dx.dtype) == (jnp.bfloat16, jnp.bfloat16)
+    assert (d_weight.dtype, d_bias.dtype) == (jnp.float32, jnp.float32)
+    check(y, f64(x) @ f64(weight).T + f64(bias), BF16)
     check(dx, f64(g) @ f64(weight), BF16)
     check(d_weight, np.einsum("bto,bti->oi", f64(g), f64(x)), 1e-5)
-
-
-def _with_gradients(x: jax.Array, weight: jax.Array, g: jax.Array) -> tuple:
-    y, pull = jax.vjp(linear, x, weight)
-    return y, pull(g)
+    check(d_bias, f64(g).sum((0, 1)), 1e-5)
 
 
 def test_fast_exponential() -> None:

@@ -161,8 +161,8 @@ def _attend_backward(
 ) -> tuple[Float[Array, "d sg"], Float[Array, "s d"], Float[Array, "s d"]]:
     """The gradients of queries, keys and values; `d` is that of the output."""
     seq, dtype = len(k), q.dtype
-    d_queries: dict[int, Array] = {}  # of each block, by its first
-    dks, dvs = [], []
+    dqs, dks, dvs = [], [], []
+    later = None  # the gradients of queries from this block on, of the keys before it
     for j, end in _blocks(seq):
         last = seq if window is None else min(seq, end + window - 1)
         seeing, keys = slice(j * group, last * group), np.arange(j, end)[:, None]
@@ -191,14 +191,13 @@ def _attend_backward(
         dvs.append(rounded(product(kept, d_rows) / (1 - rate), dtype))
         dks.append(rounded(product(d_scores, rows), dtype))
         d_seeing = product(k_t[:, j:end], d_scores)
-        # Block by block of queries: updates of a whole, one in another, take 5 ns a number.
-        for i, stop in _blocks(seq):
-            if j <= i < last:
-                part = d_seeing[:, (i - j) * group : (stop - j) * group]
-                unseen = (stop - i) * group - part.shape[1]
-                part = jnp.pad(part, ((0, 0), (0, unseen))) if unseen else part
-                d_queries[i] = d_queries[i] + part if i in d_queries else part
-    dq_t = concatenated(tuple(rounded(x, dtype) for x in d_queries.values()), 1)
+        if later is not None:
+            unseen = d_seeing.shape[1] - later.shape[1]
+            d_seeing = jnp.pad(later, ((0, 0), (0, unseen))) + d_seeing
+        own = (end - j) * group
+        dqs.append(rounded(d_seeing[:, :own], dtype))
+        later = d_seeing[:, own:] if own < d_seeing.shape[1] else None
+    dq_t = concatenated(tuple(dqs), 1)
     return dq_t, concatenated(tuple(dks), 0), concatenated(tuple(dvs), 0)
 
 

@@ -42,28 +42,22 @@ def linear(
         y = _linear(x, weight.values)
         y = y * jnp.broadcast_to(weight.scale, y.shape)
     else:
-        y = _linear(x, weight, dtype if bias is None else jnp.float32)
+        y = _linear(x, weight)
     if bias is not None:
         y = y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)
     return rounded(y, dtype)
 
 
-def product(
-    a: Float[Array, "*rows k"],
-    b: Float[Array, "*batch k n"],
-    dtype: DTypeLike = jnp.float32,
-) -> Float[Array, "*rows n"]:
-    """`a @ b`, summed in float32 whatever they are: of as many axes, or `b` has two."""
-    return _product(a, b, dtype, transposed=False)
+def product(a: Float[Array, "*rows k"], b: Float[Array, "*batch k n"]) -> Float[Array, "*rows n"]:
+    """`a @ b`, float32 whatever they are: of as many axes, or `b` has two."""
+    return _product(a, b, transposed=False)
 
 
 def product_transposed(
-    a: Float[Array, "*rows k"],
-    b: Float[Array, "*batch n k"],
-    dtype: DTypeLike = jnp.float32,
+    a: Float[Array, "*rows k"], b: Float[Array, "*batch n k"]
 ) -> Float[Array, "*rows n"]:
     """`a @ swapaxes(b, -1, -2)`, and otherwise as `product`."""
-    return _product(a, b, dtype, transposed=True)
+    return _product(a, b, transposed=True)
 
 
 def transposed(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch n m"]:
@@ -78,7 +72,7 @@ def row_major(x: Shaped[Array, "*batch m n"]) -> Shaped[Array, "*batch m n"]:
     return by_platform(x, cpu=laid_out, default=lambda x: x)
 
 
-def _linear(x: Array, weight: Array, dtype: DTypeLike = jnp.float32) -> Float[Array, "*batch out"]:
+def _linear(x: Array, weight: Array) -> Float[Array, "*batch out"]:
     n_row = math.prod(x.shape[:-1])
     if weight.dtype == jnp.int8 and n_row <= FEW_ROWS:
         return by_platform(x, weight, cpu=linear_few_rows_int8, default=_plain_linear)
@@ -86,7 +80,7 @@ def _linear(x: Array, weight: Array, dtype: DTypeLike = jnp.float32) -> Float[Ar
         return _plain_linear(x, weight)
     if weight.dtype == jnp.int8:
         weight = weight.astype(x.dtype)
-    return _differentiable_linear(x, weight, dtype)
+    return _differentiable_linear(x, weight)
 
 
 def _plain_linear(x: Array, weight: Array) -> Float[Array, "*batch out"]:
@@ -94,27 +88,25 @@ def _plain_linear(x: Array, weight: Array) -> Float[Array, "*batch out"]:
 
 
 # The weight is converted in here, so that its gradient is what the product gives, unrounded.
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _differentiable_linear(x: Array, weight: Array, dtype: DTypeLike) -> Float[Array, "*batch out"]:
+@jax.custom_vjp
+def _differentiable_linear(x: Array, weight: Array) -> Float[Array, "*batch out"]:
     """This runs where no gradient is asked for."""
     weight = weight.astype(x.dtype)
     rows = x.reshape(-1, x.shape[-1])
     if weights_come_first(rows, weight):
         y = by_platform(rows, weight, cpu=linear_few_rows, default=_plain_linear)
-        return rounded(y.reshape(*x.shape[:-1], -1), dtype)
-    return product_transposed(x, weight, dtype)
+        return y.reshape(*x.shape[:-1], -1)
+    return product_transposed(x, weight)
 
 
-def _linear_forward(x: Array, weight: Array, dtype: DTypeLike) -> tuple[Array, tuple[Array, Array]]:
-    return product_transposed(x, weight.astype(x.dtype), dtype), (x, weight)
+def _linear_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    return product_transposed(x, weight.astype(x.dtype)), (x, weight)
 
 
-def _linear_backward(
-    _dtype: DTypeLike, residuals: tuple[Array, Array], g: Array
-) -> tuple[Array, Array]:
+def _linear_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, weight = residuals
     g = g.astype(x.dtype)
-    d_x = product(g, weight.astype(x.dtype), x.dtype)
+    d_x = rounded(product(g, weight.astype(x.dtype)), x.dtype)
     rows, d_rows = (y.reshape(-1, y.shape[-1]) for y in (x, g))
     # Of the two ways to the weight's gradient, the one that has less to transpose.
     if g.size <= x.size + weight.size:
@@ -127,15 +119,11 @@ def _linear_backward(
 _differentiable_linear.defvjp(_linear_forward, _linear_backward)
 
 
-def _product(a: Array, b: Array, dtype: DTypeLike, *, transposed: bool) -> Array:
-    def plain(a: Array, b: Array) -> Array:
-        return _plain_product(a, b, transposed=transposed).astype(dtype)
-
-    def canonical(a: Array, b: Array) -> Array:
-        return _canonical_product(a, b, dtype, transposed=transposed)
-
+def _product(a: Array, b: Array, *, transposed: bool) -> Float[Array, "*rows n"]:
+    plain = partial(_plain_product, transposed=transposed)
     if a.dtype != jnp.bfloat16:
         return plain(a, b)
+    canonical = partial(_canonical_product, transposed=transposed)
     return by_platform(a, b, cpu=canonical, default=plain)
 
 
@@ -145,8 +133,8 @@ def _plain_product(a: Array, b: Array, *, transposed: bool) -> Float[Array, "*ro
     return lax.dot_general(a, b, (contract, (batch, batch)), preferred_element_type=jnp.float32)
 
 
-def _canonical_product(a: Array, b: Array, dtype: DTypeLike, *, transposed: bool) -> Array:
+def _canonical_product(a: Array, b: Array, *, transposed: bool) -> Float[Array, "*rows n"]:
     rows = a.reshape(-1, a.shape[-1]) if b.ndim == 2 else a
     rows, b = lax.optimization_barrier((rows, b))
     y = lax.optimization_barrier(_plain_product(rows, b, transposed=transposed))
-    return rounded(y.reshape(*a.shape[:-1], y.shape[-1]), dtype)
+    return y.reshape(*a.shape[:-1], y.shape[-1])
