@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from eqx_gpt.config import GPTConfig
-from eqx_gpt.ops import fused
+from eqx_gpt.ops import fused, onednn
 from train.config import Remat, TrainConfig
-from train.cores import cached_tokens
+from train.cores import cached_tokens, wide
 from train.metrics import flops_per_token
 
 # A CPU at 100 GFLOP/s, 300 in bfloat16, takes 10 s for this: where a step is longer, the host looks
@@ -34,6 +34,7 @@ class Execution:
     n_micro: int
     accumulate: Literal["device", "host"]
     unroll: int
+    products: onednn.Products = "xla"
 
     @staticmethod
     def choose(
@@ -78,7 +79,8 @@ class Execution:
         n_micro = config.global_batch_size // micro
         accumulate = "host" if on_cpu and n_micro > 1 and long else "device"
         unroll = model.n_layer if unrolls(platform, model.remat, meshed or n_parts > 1) else 1
-        return Execution(dtype, micro, n_micro, accumulate, unroll)
+        products = _products(config.products, model.n_embd, dtype, meshed or n_parts > 1)
+        return Execution(dtype, micro, n_micro, accumulate, unroll, products)
 
 
 def unrolls(platform: str, remat: Remat, meshed: bool = False) -> bool:
@@ -90,6 +92,20 @@ def unrolls(platform: str, remat: Remat, meshed: bool = False) -> bool:
     once. The arrangements of CPUs do not let it.
     """
     return platform == "cpu" or (platform == "gpu" and remat == "none" and not meshed)
+
+
+def _products(
+    asked: Literal["auto", "xla", "onednn"], n_embd: int, dtype: DTypeLike, meshed: bool
+) -> onednn.Products:
+    """**Raises:** ValueError where oneDNN is asked for and cannot be had."""
+    if asked == "xla" or (asked == "auto" and not wide(n_embd)):
+        return "xla"
+    why = "nothing splits them over several devices" if meshed else onednn.refusal()
+    if dtype != jnp.bfloat16:
+        why = f"they are for bfloat16, and precision is {jnp.dtype(dtype).name}"
+    if asked == "onednn" and why is not None:
+        raise ValueError(f"there are no products=onednn here: {why}; give products=xla, or auto")
+    return "xla" if why is not None else "onednn"
 
 
 def cpu_multiplies_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
@@ -114,7 +130,8 @@ def describe_arithmetic(
     execution: Execution, model: GPTConfig, seq: int, packed: bool = False
 ) -> str:
     """The dtype of the products, and where there are fused kernels, which attention runs."""
-    products = f"{jnp.dtype(execution.dtype).name} products"
+    library = " by oneDNN" if execution.products == "onednn" else ""
+    products = f"{jnp.dtype(execution.dtype).name} products{library}"
     platform = fused.platform()
     if platform is None:
         return f"{products}, attention in blocks"

@@ -244,7 +244,7 @@ class Trainer:
 
         key_model, key_steps = jax.random.split(jax.random.key(config.seed))
         key_steps = on_every_device(key_steps, mesh)
-        self.recipe = recipe(config, self.execution.dtype, key_steps)
+        self.recipe = recipe(config, self.execution, key_steps)
         self.learning_rate = jax.jit(learning_rate(config))
         self.newest: tuple[int, StepMetrics] | None = None
         self.checkpoints = Checkpoints(

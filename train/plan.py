@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from eqx_gpt.config import GPTConfig
+from eqx_gpt.ops.onednn import stored_if_by
 from eqx_gpt.tree import count_params
 from train.accelerators import Accelerator, parse_devices
 from train.collectives import Traffic
@@ -42,6 +43,7 @@ from train.step import (
     add_gradients,
     apply_added,
     apply_gradients,
+    compile_step,
     train_step,
 )
 
@@ -394,7 +396,7 @@ def _compiled_memory(
     model_cfg = dataclasses.replace(model_cfg, unroll=execution.unroll)
     mesh = cores_mesh(config)
     state = with_shardings(skeleton(config, model_cfg, execution.dtype), mesh)
-    fixed = eqx.filter_eval_shape(recipe, config, execution.dtype, jax.random.key(0))
+    fixed = eqx.filter_eval_shape(recipe, config, execution, jax.random.key(0))
     shape = (execution.micro_batch_size, config.block_size + 1)
     micro = jax.ShapeDtypeStruct(shape, jnp.int32)
     if execution.accumulate == "device":
@@ -410,7 +412,8 @@ def _compiled_memory(
         ]
     temporary = 0.0
     for function, *arguments in programs:
-        sizes = compiled(function, *arguments).memory_analysis()
+        with stored_if_by(execution.products):
+            sizes = compiled(function, *arguments).memory_analysis()
         more = sizes.output_size_in_bytes - sizes.alias_size_in_bytes + sizes.temp_size_in_bytes
         temporary = max(temporary, float(more))
     n = n_parts(mesh)  # each device has all of it
@@ -492,12 +495,14 @@ def _step_of(
     """Each call takes a step, of arrays that it holds, and says how many seconds: the whole step,
     or as long as its micro-batches and its update take, of which one each was run."""
     mesh = cores_mesh(config)
-    fixed = recipe(config, execution.dtype, on_every_device(jax.random.key(0), mesh))
+    fixed = recipe(config, execution, on_every_device(jax.random.key(0), mesh))
     state = new_state(config, model_cfg, jax.random.key(0), None)
     state = computing(state, execution.dtype)
     shape = (execution.n_micro, execution.micro_batch_size, config.block_size + 1)
     windows = jax.random.randint(jax.random.key(1), shape, 0, model_cfg.real_vocab_size)
     windows = jax.device_put(windows, where_windows_lie(mesh))
+
+    compile_step(fixed, windows, state, execution.accumulate)
 
     def whole() -> float:
         nonlocal state

@@ -24,6 +24,7 @@ from jaxtyping import Array, Int, PyTree
 from eqx_gpt.config import GPTConfig
 from eqx_gpt.gpt import GPT
 from eqx_gpt.ops.meshed import by_part, mesh_here
+from eqx_gpt.ops.onednn import Products, products_by, stored_if_by
 from eqx_gpt.shapes import PRNGKey, Scalar
 from train.guard import Guard
 from train.loss import next_token_loss
@@ -115,8 +116,10 @@ class StepMetrics(eqx.Module):
 
 class Recipe(eqx.Module):
     """What stays fixed over a run: the update rule, the dtype of the products, the randomness,
-    what the loss trained on adds to the cross-entropy, the weights' average, and how many times the
-    usual norm of the gradient is a spike, 0 for never."""
+    what the loss trained on adds to the cross-entropy, the weights' average, how many times the
+    usual norm of the gradient is a spike, 0 for never, and on a CPU the library of the products.
+
+    Steps with products by oneDNN are for `compile_step` to compile, before the first is called."""
 
     optimizer: optax.GradientTransformation = eqx.field(static=True)
     dtype: DTypeLike = eqx.field(static=True)
@@ -125,6 +128,7 @@ class Recipe(eqx.Module):
     label_smoothing: float = eqx.field(static=True, default=0.0)
     ema_decay: float = eqx.field(static=True, default=0.0)
     skip_spikes: float = eqx.field(static=True, default=0.0)
+    products: Products = eqx.field(static=True, default="xla")
 
 
 def check_windows(windows: Array | Packed, config: GPTConfig, rank: int) -> None:
@@ -202,17 +206,18 @@ def compile_step(
     The windows are those of `train_step`; `accumulate` says by which of the two ways.
     """
     if accumulate == "device":
-        _compile(train_step, (recipe, windows), state)
+        _compile(recipe, train_step, (recipe, windows), state)
         return
     micro = jax.tree.map(operator.itemgetter(0), windows)
     gradients = Gradients.zero(state.params)
-    _compile(add_gradients, (recipe, micro, state), gradients)
-    _compile(apply_added, (recipe, gradients), state)
+    _compile(recipe, add_gradients, (recipe, micro, state), gradients)
+    _compile(recipe, apply_added, (recipe, gradients), state)
 
 
-def _compile(function: Any, *arguments: PyTree) -> None:
+def _compile(recipe: Recipe, function: Any, *arguments: PyTree) -> None:
     """A call with such arguments finds the program that this makes."""
-    with warnings.catch_warnings():  # gradients are given up, though nothing takes their place
+    with warnings.catch_warnings(), stored_if_by(recipe.products):
+        # gradients are given up, though nothing takes their place
         warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
         function.lower(*arguments).compile()
 
@@ -279,7 +284,8 @@ def _gradients(basis: _Basis, windows: Array | Packed, index: Array) -> Gradient
             label_smoothing=recipe.label_smoothing,
         )
 
-    loss, grads = eqx.filter_value_and_grad(loss_of)(basis.params)
+    with products_by(recipe.products):
+        loss, grads = eqx.filter_value_and_grad(loss_of)(basis.params)
     return placed(Gradients(loss, grads, jnp.ones((), jnp.int32)))
 
 

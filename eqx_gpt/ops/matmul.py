@@ -5,7 +5,7 @@ alone, called canonical here: float32 out of bfloat16 `[..., m, k]` and `[..., k
 `[..., n, k]`, both row-major. Everything else it converts to float32 first. So on CPUs transposes
 are carried out, which costs little beside a product, and barriers keep the compiler from undoing
 that: a transpose that it folds into a product makes it a slow one, or, on the way out, one that it
-cannot run.
+cannot run. Where a training command asks for it, `onednn.py` has linear maps instead.
 On other platforms a product is a product and a transpose a transpose, for XLA to fold.
 """
 
@@ -18,6 +18,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
+from eqx_gpt.ops import onednn
 from eqx_gpt.ops.few_rows import (
     FEW_ROWS,
     linear_few_rows,
@@ -41,6 +42,8 @@ def linear(
     if isinstance(weight, Int8):
         y = _linear(x, weight.values)
         y = y * jnp.broadcast_to(weight.scale, y.shape)
+    elif onednn.takes(x, weight):
+        return onednn.linear(x, weight, bias, dtype)
     else:
         y = _linear(x, weight)
     if bias is not None:

@@ -24,7 +24,15 @@ from train.devices import Execution
 from train.mesh import cores_mesh, n_parts, on_every_device, placed, where_windows_lie
 from train.metrics import flops_per_token
 from train.optimizer import make_optimizer
-from train.step import Gradients, Recipe, TrainState, add_gradients, apply_gradients, train_step
+from train.step import (
+    Gradients,
+    Recipe,
+    TrainState,
+    add_gradients,
+    apply_gradients,
+    compile_step,
+    train_step,
+)
 from weights import from_pretrained
 
 
@@ -70,7 +78,8 @@ def _train(job: Job, settings: dict[str, Any]) -> Prepared:
     execution = Execution.choose(config, model_cfg, n_params, backend, 0, n_parts(mesh), meshed)
     model_cfg = dataclasses.replace(model_cfg, unroll=execution.unroll)
     optimizer = make_optimizer(config)
-    recipe = Recipe(optimizer, execution.dtype, on_every_device(jax.random.key(0), mesh))
+    key = on_every_device(jax.random.key(0), mesh)
+    recipe = Recipe(optimizer, execution.dtype, key, products=execution.products)
     new = eqx.filter_jit(
         lambda key: placed(TrainState.init(GPT.init(model_cfg, key=key), optimizer))
     )
@@ -78,6 +87,7 @@ def _train(job: Job, settings: dict[str, Any]) -> Prepared:
     shape = (execution.n_micro, execution.micro_batch_size, job.seq + 1)
     windows = jax.random.randint(jax.random.key(2), shape, 0, model_cfg.real_vocab_size)
     windows = jax.device_put(windows, where_windows_lie(mesh))
+    compile_step(recipe, windows, state, execution.accumulate)
 
     def step(state: TrainState) -> tuple[TrainState, Any]:
         if execution.accumulate == "device":

@@ -1,0 +1,174 @@
+"""Linear maps by oneDNN, which jaxlib brings along: with AMX the fastest products of a CPU.
+
+XLA's own library packs one operand anew at each product and leaves results in float32; oneDNN's
+takes a fifth to two fifths less time, adds the bias and rounds as it writes. XLA has it as a custom
+call, the one that its pass for oneDNN makes, which three things keep from being everybody's:
+
+- XLA cannot store a program with such a call: it takes it for one of another kind. So it is for
+  those who ask, by `products_by`, and compile within `stored_if_by`.
+- The call's name and its fields are XLA's own, and of a wrong field a process dies. So it is for
+  the versions of jaxlib that it was tried with.
+- Nothing splits it over a mesh.
+"""
+
+import json
+import math
+import platform
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from eqx_gpt.ops.platform import by_platform, laid_out
+
+Products = Literal["xla", "onednn"]
+
+TRIED = ("0.10", "0.11", "0.12")  # versions of jaxlib, see `tests/test_onednn.py`
+
+_TARGET = "__onednn$matmul"
+_FEWEST = 2**24  # multiplications, below which a call takes longer than its work
+_CACHE, _FROM_SECONDS = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+
+# One that jax knows, so that what it has traced for one library it does not take for the other.
+_products: Any = jax.make_user_context("xla")
+
+
+def products_by(library: Products) -> AbstractContextManager[None]:
+    """Linear maps of bfloat16 that are traced within are by this library on CPUs, if they are large
+    enough. For oneDNN see `refusal`."""
+    return _products(library)
+
+
+def refusal(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
+    """Why this process has no such products, or None."""
+    jaxlib = version("jaxlib")
+    if ".".join(jaxlib.split(".")[:2]) not in TRIED:
+        return f"they were tried with jaxlib {', '.join(TRIED)}, and this is {jaxlib}"
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return f"they are for x86-64 Linux, and this is {platform.machine()} {platform.system()}"
+    if jax.default_backend() != "cpu":
+        return f"they are for CPUs, and this process computes on {jax.default_backend()}"
+    try:
+        found = re.search(r"\bamx_bf16\b", cpuinfo.read_text(errors="replace"))
+    except OSError:
+        found = None
+    return None if found else "they are for CPUs with AMX, which this one has not"
+
+
+@contextmanager
+def stored_if_by(library: Products) -> Iterator[None]:
+    """Programs with products by oneDNN that are compiled within go to no persistent cache."""
+    before = getattr(jax.config, _FROM_SECONDS)
+    if library == "onednn":
+        jax.config.update(_FROM_SECONDS, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(_FROM_SECONDS, before)
+
+
+def takes(x: Float[Array, "*batch in"], weight: Array) -> bool:
+    """Whether oneDNN is asked for, and fit for `x @ weight.T`.
+
+    **Raises:** RuntimeError if the program that is traced would be stored.
+    """
+    if _products.value != "onednn" or x.dtype != jnp.bfloat16 or weight.dtype == jnp.int8:
+        return False
+    if x.size * weight.shape[0] < _FEWEST:
+        return False
+    if getattr(jax.config, _CACHE) and getattr(jax.config, _FROM_SECONDS) != math.inf:
+        raise RuntimeError(
+            f"a program with products by oneDNN cannot be kept in {getattr(jax.config, _CACHE)}: "
+            "compile it within eqx_gpt.ops.onednn.stored_if_by('onednn')"
+        )
+    return True
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def linear(
+    x: Float[Array, "*batch in"],
+    weight: Float[Array, "out in"],
+    bias: Float[Array, " out"] | None,
+    dtype: DTypeLike,
+) -> Float[Array, "*batch out"]:
+    """`x @ weight.T + bias` of bfloat16 `x`, summed in float32 and rounded to `dtype` once."""
+    return _forward(x, weight, bias, dtype)[0]
+
+
+def _forward(
+    x: Array, weight: Array, bias: Array | None, dtype: DTypeLike
+) -> tuple[Array, tuple[Array, Array, Array | None]]:
+    row = None if bias is None else bias.astype(jnp.float32)[None]
+    y = _product(_rows(x), weight.astype(x.dtype), row, transposed=True, dtype=dtype)
+    return y.reshape(*x.shape[:-1], -1), (x, weight, bias)
+
+
+def _backward(
+    dtype: DTypeLike, residuals: tuple[Array, Array, Array | None], g: Array
+) -> tuple[Array, Array, Array | None]:
+    x, weight, bias = residuals
+    rows, d_rows = _rows(x), _rows(g.astype(x.dtype))
+    d_x = _product(d_rows, weight.astype(x.dtype), dtype=x.dtype).reshape(x.shape)
+    # It multiplies transposed operands too, at half the rate. Of the two ways to the weight's
+    # gradient, the one that has less to transpose.
+    if g.size <= x.size + weight.size:
+        d_weight = _product(_transposed(d_rows), rows)
+    else:
+        d_weight = jnp.swapaxes(_product(_transposed(rows), d_rows), 0, 1)
+    d_bias = None if bias is None else jnp.sum(_rows(g).astype(jnp.float32), 0).astype(bias.dtype)
+    return d_x, d_weight.astype(weight.dtype), d_bias
+
+
+linear.defvjp(_forward, _backward)
+
+
+def _rows(x: Array) -> Array:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _transposed(x: Array) -> Array:
+    return by_platform(jnp.swapaxes(x, 0, 1), cpu=laid_out, default=lambda x: x)
+
+
+def _product(
+    a: Float[Array, "m k"],
+    b: Float[Array, "k n"] | Float[Array, "n k"],
+    bias: Float[Array, "1 n"] | None = None,
+    *,
+    transposed: bool = False,
+    dtype: DTypeLike = jnp.float32,
+) -> Float[Array, "m n"]:
+    """`a @ b`, or `a @ b.T`, plus `bias`."""
+    shape = a.shape[0], b.shape[0 if transposed else 1]
+
+    def on_cpu(*operands: Array) -> Array:
+        fields: dict[str, Any] = {"transpose_b": transposed}
+        if bias is not None:
+            fields["fusions"] = {"ops": ["BIAS"]}
+        call = jax.ffi.ffi_call(
+            _TARGET,
+            jax.ShapeDtypeStruct(shape, dtype),
+            vmap_method="sequential",
+            custom_call_api_version=1,  # XLA reads the fields itself
+            legacy_backend_config=json.dumps({"onednn_matmul_config": fields}),
+        )
+        return call(*operands)
+
+    def elsewhere(a: Array, b: Array, *bias: Array) -> Array:
+        contract = (1,), (1 if transposed else 0,)
+        y = lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
+        for row in bias:
+            y = y + jnp.broadcast_to(row, y.shape)
+        return y.astype(dtype)
+
+    operands = (a, b) if bias is None else (a, b, bias)
+    return by_platform(*operands, cpu=on_cpu, default=elsewhere)
