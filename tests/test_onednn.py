@@ -14,6 +14,7 @@ from tiny_run import FLAGS, command, losses, make_dataset, run
 
 from eqx_gpt import GPT, GPTConfig
 from eqx_gpt.ops import onednn
+from eqx_gpt.ops.cross_entropy import cross_entropy
 from eqx_gpt.ops.matmul import linear
 from train.config import TrainConfig
 from train.devices import Execution, describe_arithmetic
@@ -78,16 +79,42 @@ def test_maps_and_gradients_against_float64(shape, dtype, biased):
         close(d, d_rows.sum(0), len(rows))
 
 
+@here
+def test_the_loss_by_tiles_against_float64():
+    rows, d_model, vocab = 257, 131, 8209
+    x, weight = numbers(0, rows, d_model), numbers(1, vocab, d_model) / 16
+    labels = np.random.default_rng(2).integers(0, vocab, rows)
+
+    def loss(x, weight):
+        with onednn.products_by("onednn"):
+            return cross_entropy(x, weight, jnp.asarray(labels))
+
+    arguments = jnp.asarray(x, jnp.bfloat16), jnp.asarray(weight, jnp.float32)
+    with onednn.stored_if_by("onednn"):
+        compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*arguments).compile()
+    assert compiled.as_text().count("__onednn$matmul") == 3
+    found, (d_x, d_weight) = compiled(*arguments)
+
+    logits = x @ weight.T
+    lse = np.log(np.exp(logits).sum(-1))
+    d = np.exp(logits - lse[:, None])
+    np.testing.assert_allclose(found, (lse - logits[np.arange(rows), labels]).mean(), rtol=1e-5)
+    d[np.arange(rows), labels] -= 1
+    for ours, wanted in ((d_x, d @ weight / rows), (d_weight, d.T @ x / rows)):
+        error = np.asarray(ours, np.float64) - wanted
+        assert np.linalg.norm(error) < 0.004 * np.linalg.norm(wanted)  # bfloat16's rounding
+
+
 @on_cpu
 def test_who_gets_them(monkeypatch):
     monkeypatch.setattr(onednn, "refusal", lambda: None)
     x, weight = jnp.zeros((257, 263), jnp.bfloat16), jnp.zeros((251, 263))
-    assert not onednn.takes(x, weight)  # nobody asked
+    assert not onednn.takes(x, weight, 251)  # nobody asked
     with onednn.products_by("onednn"), onednn.stored_if_by("onednn"):
-        assert onednn.takes(x, weight)
-        assert not onednn.takes(x.astype(jnp.float32), weight)
-        assert not onednn.takes(x, weight.astype(jnp.int8))
-        assert not onednn.takes(x[:4], weight)
+        assert onednn.takes(x, weight, 251)
+        assert not onednn.takes(x.astype(jnp.float32), weight, 251)
+        assert not onednn.takes(x, weight.astype(jnp.int8), 251)
+        assert not onednn.takes(x[:4], weight, 251)
 
     def chosen(n_embd: int, n_parts: int = 1, **flags: object) -> str:
         config = TrainConfig(n_embd=n_embd, batch_size=4, **{"precision": "bfloat16", **flags})

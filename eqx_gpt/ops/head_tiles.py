@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from eqx_gpt.ops.bits import as_bits, from_bits
-from eqx_gpt.ops.matmul import product, transposed
+from eqx_gpt.ops.matmul import large_product, transposed
 from eqx_gpt.ops.platform import stored
 from eqx_gpt.ops.rounding import rounded
 from eqx_gpt.ops.softcap import bend_slope, bent
@@ -59,7 +59,7 @@ def loss_and_gradients(
         before, total, d_x_t = sums
         part = from_bits(lax.dynamic_slice_in_dim(bits, start(i), size), weight.dtype)
         part = stored(part.astype(x.dtype))
-        logits = product(part, x_t)
+        logits = large_product(part, x_t)
         if bias is not None:
             offset = lax.dynamic_slice_in_dim(bias, start(i), size).astype(jnp.float32)
             logits = logits + offset[:, None]
@@ -73,7 +73,7 @@ def loss_and_gradients(
         if softcap is not None:
             power = power * bend_slope(logits, softcap)
         power = stored(rounded(power, x.dtype))
-        d_x_t = d_x_t * shrunk[None, :] + product(transposed(part), power)
+        d_x_t = d_x_t * shrunk[None, :] + large_product(transposed(part), power)
         return (top, total, d_x_t), (as_bits(power), top)
 
     nothing = jnp.zeros(len(x), jnp.float32)
@@ -104,7 +104,7 @@ def loss_and_gradients(
     ) -> tuple[tuple[Array, Array | None], None]:
         (d_weight, d_bias), (i, power, before) = sums, tile
         power, here = from_bits(power, x.dtype), factor * jnp.exp(before - top)
-        d_part = product(power, stored(rounded(wide * here[:, None], x.dtype)))
+        d_part = large_product(power, stored(rounded(wide * here[:, None], x.dtype)))
         d_weight = lax.dynamic_update_slice_in_dim(d_weight, d_part, start(i), 0)
         if d_bias is not None:
             d_offset = power.astype(jnp.float32) @ here

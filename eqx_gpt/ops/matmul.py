@@ -42,7 +42,7 @@ def linear(
     if isinstance(weight, Int8):
         y = _linear(x, weight.values)
         y = y * jnp.broadcast_to(weight.scale, y.shape)
-    elif onednn.takes(x, weight):
+    elif onednn.takes(x, weight, weight.shape[0]):
         return onednn.linear(x, weight, bias, dtype)
     else:
         y = _linear(x, weight)
@@ -61,6 +61,11 @@ def product_transposed(
 ) -> Float[Array, "*rows n"]:
     """`a @ swapaxes(b, -1, -2)`, and otherwise as `product`."""
     return _product(a, b, transposed=True)
+
+
+def large_product(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:
+    """`product` of two matrices, by oneDNN where it is asked for (see `onednn.py`)."""
+    return onednn.product(a, b) if onednn.takes(a, b, b.shape[1]) else product(a, b)
 
 
 def transposed(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch n m"]:

@@ -76,14 +76,15 @@ def stored_if_by(library: Products) -> Iterator[None]:
         jax.config.update(_FROM_SECONDS, before)
 
 
-def takes(x: Float[Array, "*batch in"], weight: Array) -> bool:
-    """Whether oneDNN is asked for, and fit for `x @ weight.T`.
+def takes(a: Array, b: Array, n: int) -> bool:
+    """Whether oneDNN is asked for, and fit for a product of the rows of `a` with the matrix `b`
+    that has `n` columns.
 
     **Raises:** RuntimeError if the program that is traced would be stored.
     """
-    if _products.value != "onednn" or x.dtype != jnp.bfloat16 or weight.dtype == jnp.int8:
+    if _products.value != "onednn" or a.dtype != jnp.bfloat16 or b.dtype == jnp.int8:
         return False
-    if x.size * weight.shape[0] < _FEWEST:
+    if a.size * n < _FEWEST:
         return False
     if getattr(jax.config, _CACHE) and getattr(jax.config, _FROM_SECONDS) != math.inf:
         raise RuntimeError(
@@ -108,7 +109,7 @@ def _forward(
     x: Array, weight: Array, bias: Array | None, dtype: DTypeLike
 ) -> tuple[Array, tuple[Array, Array, Array | None]]:
     row = None if bias is None else bias.astype(jnp.float32)[None]
-    y = _product(_rows(x), weight.astype(x.dtype), row, transposed=True, dtype=dtype)
+    y = product(_rows(x), weight.astype(x.dtype), row, transposed=True, dtype=dtype)
     return y.reshape(*x.shape[:-1], -1), (x, weight, bias)
 
 
@@ -117,13 +118,13 @@ def _backward(
 ) -> tuple[Array, Array, Array | None]:
     x, weight, bias = residuals
     rows, d_rows = _rows(x), _rows(g.astype(x.dtype))
-    d_x = _product(d_rows, weight.astype(x.dtype), dtype=x.dtype).reshape(x.shape)
+    d_x = product(d_rows, weight.astype(x.dtype), dtype=x.dtype).reshape(x.shape)
     # It multiplies transposed operands too, at half the rate. Of the two ways to the weight's
     # gradient, the one that has less to transpose.
     if g.size <= x.size + weight.size:
-        d_weight = _product(_transposed(d_rows), rows)
+        d_weight = product(_transposed(d_rows), rows)
     else:
-        d_weight = jnp.swapaxes(_product(_transposed(rows), d_rows), 0, 1)
+        d_weight = jnp.swapaxes(product(_transposed(rows), d_rows), 0, 1)
     d_bias = None if bias is None else jnp.sum(_rows(g).astype(jnp.float32), 0).astype(bias.dtype)
     return d_x, d_weight.astype(weight.dtype), d_bias
 
@@ -139,7 +140,7 @@ def _transposed(x: Array) -> Array:
     return by_platform(jnp.swapaxes(x, 0, 1), cpu=laid_out, default=lambda x: x)
 
 
-def _product(
+def product(
     a: Float[Array, "m k"],
     b: Float[Array, "k n"] | Float[Array, "n k"],
     bias: Float[Array, "1 n"] | None = None,
@@ -147,7 +148,7 @@ def _product(
     transposed: bool = False,
     dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "m n"]:
-    """`a @ b`, or `a @ b.T`, plus `bias`."""
+    """`a @ b`, or `a @ b.T`, plus `bias`, of bfloat16, summed in float32 and rounded once."""
     shape = a.shape[0], b.shape[0 if transposed else 1]
 
     def on_cpu(*operands: Array) -> Array:
