@@ -123,10 +123,11 @@ def test_who_gets_them(monkeypatch):
 
     assert [chosen(512), chosen(516), chosen(512, products="onednn")] == ["xla", "onednn", "onednn"]
     assert chosen(516, products="xla") == "xla"
+    assert chosen(516, products="onednn", eval_only=True) == "xla"  # nothing is trained
     assert [chosen(516, precision="float32"), chosen(516, n_parts=2)] == ["xla", "xla"]
     for flags, why in (
         ({"precision": "float32"}, "they are for bfloat16, and precision is float32"),
-        ({"n_parts": 2}, "nothing splits them over several devices"),
+        ({"n_parts": 2}, "they are for one device, a CPU, and nothing splits them"),
     ):
         with pytest.raises(ValueError, match=f"no products=onednn here: {why}; give products=xla"):
             chosen(516, products="onednn", **flags)

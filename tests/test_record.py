@@ -70,6 +70,7 @@ def other_text(data_dir, name, text):
 def test_the_processes_that_trained_a_run_are_recorded(copy, config, data):
     (first,) = read_run(copy)["processes"]
     assert (first["steps_done"], first["precision"]) in ((0, "float32"), (0, "bfloat16"))
+    assert first["products"] == "xla"  # it is narrow
     assert first["devices"] == {"platform": "cpu", "kind": "cpu", "count": 1, "processes": 1}
     assert {"python", "jax", "jaxlib", "equinox", "optax"} <= first["versions"].keys()
     assert first["command"]

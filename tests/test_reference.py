@@ -439,6 +439,8 @@ def test_references_are_of_the_presets_as_they_are(preset: str) -> None:
     assert reference.last == PRESETS[preset].max_iters - 1
     assert reference.n_seed == len(reference.made_by["seeds"]) >= 3
     assert reference_of(None, PRESETS[preset]) is not None
+    by_xla = dataclasses.replace(PRESETS[preset], products="xla", precision="float32")
+    assert reference_of(None, by_xla) is not None
     found = reference_of(None, dataclasses.replace(PRESETS[preset], learning_rate=0.123))
     assert found is None
     for curve in (reference.train_loss, reference.val_loss, reference.grad_norm, reference.lr):

@@ -190,9 +190,9 @@ class TrainConfig:
     """What the model computes in; parameters and optimizer are float32. auto: bfloat16 where the
     device multiplies it (accelerators; CPUs with AVX512-BF16 or AMX), else float32."""
     products: Literal["auto", "xla", "onednn"] = "auto"
-    """The library of the linear maps' bfloat16 products on a CPU. auto: onednn with AMX, for models
-    wider than 512, whose steps it makes a tenth shorter. Its programs cannot be kept, so that each
-    start compiles for 5 to 20 s."""
+    """The library of the linear maps' bfloat16 products on a CPU. auto: onednn with AMX and one
+    device, for models wider than 512, whose steps it makes a tenth shorter. Its programs cannot be
+    kept, so that each start compiles for 5 to 20 s."""
     remat: Remat = "none"
     """Activations to make again in the backward pass instead of keeping them: none; all within a
     block; all but the results of its matrix products (dots)."""

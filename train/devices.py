@@ -79,7 +79,9 @@ class Execution:
         n_micro = config.global_batch_size // micro
         accumulate = "host" if on_cpu and n_micro > 1 and long else "device"
         unroll = model.n_layer if unrolls(platform, model.remat, meshed or n_parts > 1) else 1
-        products = _products(config.products, model.n_embd, dtype, meshed or n_parts > 1)
+        asked = "xla" if config.eval_only else config.products
+        whole = on_cpu and not meshed and n_parts == 1
+        products = _products(asked, model.n_embd, dtype, whole)
         return Execution(dtype, micro, n_micro, accumulate, unroll, products)
 
 
@@ -95,12 +97,12 @@ def unrolls(platform: str, remat: Remat, meshed: bool = False) -> bool:
 
 
 def _products(
-    asked: Literal["auto", "xla", "onednn"], n_embd: int, dtype: DTypeLike, meshed: bool
+    asked: Literal["auto", "xla", "onednn"], n_embd: int, dtype: DTypeLike, whole: bool
 ) -> onednn.Products:
     """**Raises:** ValueError where oneDNN is asked for and cannot be had."""
     if asked == "xla" or (asked == "auto" and not wide(n_embd)):
         return "xla"
-    why = "nothing splits them over several devices" if meshed else onednn.refusal()
+    why = onednn.refusal() if whole else "they are for one device, a CPU, and nothing splits them"
     if dtype != jnp.bfloat16:
         why = f"they are for bfloat16, and precision is {jnp.dtype(dtype).name}"
     if asked == "onednn" and why is not None:

@@ -20,6 +20,7 @@ from eqx_gpt import lora
 from eqx_gpt.config import GPTConfig
 from eqx_gpt.generate import generate
 from eqx_gpt.gpt import GPT
+from eqx_gpt.ops.onednn import stored_if_by
 from eqx_gpt.text import with_tokens_of
 from eqx_gpt.tree import cast, count_params
 from train.batches import bad_steps
@@ -244,7 +245,7 @@ class Trainer:
 
         key_model, key_steps = jax.random.split(jax.random.key(config.seed))
         key_steps = on_every_device(key_steps, mesh)
-        self.recipe = recipe(config, self.execution, key_steps)
+        self.recipe = recipe(config, self.execution.dtype, key_steps, self.execution.products)
         self.learning_rate = jax.jit(learning_rate(config))
         self.newest: tuple[int, StepMetrics] | None = None
         self.checkpoints = Checkpoints(
@@ -322,7 +323,9 @@ class Trainer:
         out_dir, interrupted_by, saved = self.config.out_dir, None, True
         if is_writer() and not self.config.eval_only:
             precision = jnp.dtype(self.execution.dtype).name
-            record = process_record(steps_done=self.steps_done, precision=precision)
+            record = process_record(
+                steps_done=self.steps_done, precision=precision, products=self.execution.products
+            )
             with self.unharmed("run.json"):
                 add_process(self.directory, record)
         try:
@@ -381,7 +384,8 @@ class Trainer:
                     step = self.steps_done
                     with self.unharmed("profile"):
                         self.profile.begin(step)
-                    with self.profile.step(step):
+                    # It is compiled already; should it be once more, it is not stored either.
+                    with self.profile.step(step), stored_if_by(self.recipe.products):
                         if self.execution.accumulate == "device":
                             self.state, metrics = train_step((self.recipe, windows), self.state)
                         else:

@@ -396,7 +396,8 @@ def _compiled_memory(
     model_cfg = dataclasses.replace(model_cfg, unroll=execution.unroll)
     mesh = cores_mesh(config)
     state = with_shardings(skeleton(config, model_cfg, execution.dtype), mesh)
-    fixed = eqx.filter_eval_shape(recipe, config, execution, jax.random.key(0))
+    key, products = jax.random.key(0), execution.products
+    fixed = eqx.filter_eval_shape(recipe, config, execution.dtype, key, products)
     shape = (execution.micro_batch_size, config.block_size + 1)
     micro = jax.ShapeDtypeStruct(shape, jnp.int32)
     if execution.accumulate == "device":
@@ -495,7 +496,8 @@ def _step_of(
     """Each call takes a step, of arrays that it holds, and says how many seconds: the whole step,
     or as long as its micro-batches and its update take, of which one each was run."""
     mesh = cores_mesh(config)
-    fixed = recipe(config, execution, on_every_device(jax.random.key(0), mesh))
+    key = on_every_device(jax.random.key(0), mesh)
+    fixed = recipe(config, execution.dtype, key, execution.products)
     state = new_state(config, model_cfg, jax.random.key(0), None)
     state = computing(state, execution.dtype)
     shape = (execution.n_micro, execution.micro_batch_size, config.block_size + 1)

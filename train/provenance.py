@@ -24,8 +24,9 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found}
 
 
-def process_record(*, steps_done: int, precision: str) -> dict[str, Any]:
-    """This process: when, by which command and code, on what, in which dtype. Names no host."""
+def process_record(*, steps_done: int, precision: str, products: str) -> dict[str, Any]:
+    """This process: when, by which command and code, on what, in which dtype and by which
+    library's products. Names no host."""
     script = Path(sys.argv[0]).resolve()
     if script.is_relative_to(_ROOT):
         script = script.relative_to(_ROOT)
@@ -36,6 +37,7 @@ def process_record(*, steps_done: int, precision: str) -> dict[str, Any]:
         "command": shlex.join([script.as_posix(), *sys.argv[1:]]),
         "commit": code_commit(),
         "precision": precision,
+        "products": products,
         "devices": {
             "platform": device.platform,
             "kind": device.device_kind,

@@ -27,8 +27,8 @@ _INDIFFERENT = frozenset({
     "out_dir", "data_dir", "seed", "micro_batch_size", "batch_size", "gradient_accumulation_steps",
     "eval_interval", "eval_iters", "eval_only", "target_val_loss", "log_interval",
     "sample_interval", "always_save_checkpoint", "checkpoint_interval", "checkpoint_minutes",
-    "keep_checkpoints", "preemption_s", "precision", "remat", "mesh", "wandb_log", "wandb_project",
-    "wandb_run_name", "tensorboard_log", "profile", "skip_spikes", "max_skipped",
+    "keep_checkpoints", "preemption_s", "precision", "products", "remat", "mesh", "wandb_log",
+    "wandb_project", "wandb_run_name", "tensorboard_log", "profile", "skip_spikes", "max_skipped",
 })  # fmt: skip
 
 

@@ -10,10 +10,10 @@ from jax.typing import DTypeLike
 from eqx_gpt import lora
 from eqx_gpt.config import GPTConfig
 from eqx_gpt.gpt import GPT
+from eqx_gpt.ops.onednn import Products
 from eqx_gpt.shapes import PRNGKey
 from eqx_gpt.tree import cast
 from train.config import TrainConfig, architecture, model_config
-from train.devices import Execution
 from train.manifest import Manifest
 from train.mesh import placed
 from train.optimizer import make_optimizer, trainable
@@ -93,11 +93,13 @@ def with_silent_blocks(model: GPT) -> GPT:
     )
 
 
-def recipe(config: TrainConfig, execution: Execution, key: PRNGKey) -> Recipe:
+def recipe(
+    config: TrainConfig, dtype: DTypeLike, key: PRNGKey, products: Products = "xla"
+) -> Recipe:
     """What stays fixed over the run."""
     return Recipe(
-        make_optimizer(config), execution.dtype, key, config.z_loss, config.label_smoothing,
-        config.ema_decay, config.skip_spikes, execution.products,
+        make_optimizer(config), dtype, key, config.z_loss, config.label_smoothing,
+        config.ema_decay, config.skip_spikes, products,
     )  # fmt: skip
 
 
