@@ -19,7 +19,16 @@ from eqx_gpt.ops.matmul import linear
 from train.config import TrainConfig
 from train.devices import Execution, describe_arithmetic
 from train.optimizer import make_optimizer
-from train.step import Recipe, TrainState, compile_step, train_step
+from train.step import (
+    Gradients,
+    Recipe,
+    StepMetrics,
+    TrainState,
+    add_gradients,
+    apply_gradients,
+    compile_step,
+    train_step,
+)
 
 WHY_NOT = onednn.refusal()
 here = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
@@ -169,10 +178,11 @@ def test_other_platforms_get_plain_products():
     assert "custom_call" not in text
 
 
-def step_of(n_layer: int) -> tuple[Recipe, jax.Array, TrainState]:
+def step_of(n_layer: int, remat: str = "none") -> tuple[Recipe, jax.Array, TrainState]:
     config = GPTConfig(
-        n_layer=n_layer, n_head=4, n_embd=128, block_size=257, vocab_size=61, unroll=n_layer
-    )
+        n_layer=n_layer, n_head=4, n_embd=128, block_size=257, vocab_size=61, unroll=n_layer,
+        remat=remat,
+    )  # fmt: skip
     optimizer = make_optimizer(TrainConfig())
     recipe = Recipe(optimizer, jnp.dtype(jnp.bfloat16), jax.random.key(1), products="onednn")
     windows = jax.random.randint(jax.random.key(2), (1, 5, 257), 0, 61)
@@ -214,6 +224,28 @@ def test_a_program_with_them_is_never_stored(tmp_path, monkeypatch):
     assert len(entries()) > len(before)
     np.testing.assert_allclose(metrics.loss, by_xla.loss, rtol=1e-4)
     np.testing.assert_allclose(metrics.grad_norm, by_xla.grad_norm, rtol=1e-3)
+
+
+@here
+@pytest.mark.parametrize(
+    ("remat", "accumulate"), [("none", "host"), ("block", "device"), ("dots", "host")]
+)
+def test_a_step_is_that_by_xla(remat, accumulate):
+    def metrics(products: str) -> StepMetrics:
+        recipe, windows, state = step_of(1, remat)
+        recipe = replace(recipe, products=products)
+        windows = windows.reshape(1, 5, 257).repeat(2, axis=0)
+        compile_step(recipe, windows, state, accumulate)
+        if accumulate == "device":
+            return train_step((recipe, windows), state)[1]
+        gradients = Gradients.zero(state.params)
+        for micro in windows:
+            gradients = add_gradients((recipe, micro, state), gradients)
+        return apply_gradients(recipe, gradients, state)[1]
+
+    ours, wanted = metrics("onednn"), metrics("xla")
+    np.testing.assert_allclose(ours.loss, wanted.loss, rtol=1e-4)
+    np.testing.assert_allclose(ours.grad_norm, wanted.grad_norm, rtol=1e-3)
 
 
 @here
