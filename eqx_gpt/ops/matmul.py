@@ -5,11 +5,12 @@ alone, called canonical here: float32 out of bfloat16 `[..., m, k]` and `[..., k
 `[..., n, k]`, both row-major. Everything else it converts to float32 first. So on CPUs transposes
 are carried out, which costs little beside a product, and barriers keep the compiler from undoing
 that: a transpose that it folds into a product makes it a slow one, or, on the way out, one that it
-cannot run. Where a training command asks for it, `onednn.py` has linear maps instead.
+cannot run. Where a training command asks for it, large products are by `onednn.py` instead.
 On other platforms a product is a product and a transpose a transpose, for XLA to fold.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -43,7 +44,7 @@ def linear(
         y = _linear(x, weight.values)
         y = y * jnp.broadcast_to(weight.scale, y.shape)
     elif onednn.takes(x, weight, weight.shape[0]):
-        return onednn.linear(x, weight, bias, dtype)
+        return _onednn_linear(x, weight, bias, dtype)
     else:
         y = _linear(x, weight)
     if bias is not None:
@@ -65,7 +66,7 @@ def product_transposed(
 
 def large_product(a: Float[Array, "m k"], b: Float[Array, "k n"]) -> Float[Array, "m n"]:
     """`product` of two matrices, by oneDNN where it is asked for (see `onednn.py`)."""
-    return onednn.product(a, b) if onednn.takes(a, b, b.shape[1]) else product(a, b)
+    return _onednn_product(a, b) if onednn.takes(a, b, b.shape[1]) else product(a, b)
 
 
 def transposed(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch n m"]:
@@ -115,16 +116,55 @@ def _linear_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, A
     x, weight = residuals
     g = g.astype(x.dtype)
     d_x = rounded(product(g, weight.astype(x.dtype)), x.dtype)
-    rows, d_rows = (y.reshape(-1, y.shape[-1]) for y in (x, g))
-    # Of the two ways to the weight's gradient, the one that has less to transpose.
-    if g.size <= x.size + weight.size:
-        d_weight = product(transposed(d_rows), rows)
-    else:
-        d_weight = jnp.swapaxes(product(transposed(rows), d_rows), 0, 1)
-    return d_x, d_weight.astype(weight.dtype)
+    return d_x, _gradient_of_weight(product, _rows(x), _rows(g), weight)
 
 
 _differentiable_linear.defvjp(_linear_forward, _linear_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _onednn_linear(
+    x: Array, weight: Array, bias: Array | None, dtype: DTypeLike
+) -> Float[Array, "*batch out"]:
+    return _onednn_forward(x, weight, bias, dtype)[0]
+
+
+def _onednn_forward(
+    x: Array, weight: Array, bias: Array | None, dtype: DTypeLike
+) -> tuple[Array, tuple[Array, Array, Array | None]]:
+    row = None if bias is None else bias.astype(jnp.float32)[None]
+    y = _onednn_product(_rows(x), weight.astype(x.dtype), row, transposed=True, dtype=dtype)
+    return y.reshape(*x.shape[:-1], -1), (x, weight, bias)
+
+
+def _onednn_backward(
+    dtype: DTypeLike, residuals: tuple[Array, Array, Array | None], g: Array
+) -> tuple[Array, Array, Array | None]:
+    x, weight, bias = residuals
+    rows, d_rows = _rows(x), _rows(g.astype(x.dtype))
+    d_x = _onednn_product(d_rows, weight.astype(x.dtype), dtype=x.dtype).reshape(x.shape)
+    # It multiplies transposed operands too, at half the rate.
+    d_weight = _gradient_of_weight(_onednn_product, rows, d_rows, weight)
+    d_bias = None if bias is None else jnp.sum(_rows(g).astype(jnp.float32), 0).astype(bias.dtype)
+    return d_x, d_weight, d_bias
+
+
+_onednn_linear.defvjp(_onednn_forward, _onednn_backward)
+
+
+def _gradient_of_weight(
+    multiplied: Callable[[Array, Array], Array], rows: Array, d_rows: Array, weight: Array
+) -> Array:
+    """Of the two ways to it, by the one that has less to transpose."""
+    if d_rows.size <= rows.size + weight.size:
+        d_weight = multiplied(transposed(d_rows), rows)
+    else:
+        d_weight = jnp.swapaxes(multiplied(transposed(rows), d_rows), 0, 1)
+    return d_weight.astype(weight.dtype)
+
+
+def _rows(x: Array) -> Array:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _product(a: Array, b: Array, *, transposed: bool) -> Float[Array, "*rows n"]:
@@ -133,6 +173,26 @@ def _product(a: Array, b: Array, *, transposed: bool) -> Float[Array, "*rows n"]
         return plain(a, b)
     canonical = partial(_canonical_product, transposed=transposed)
     return by_platform(a, b, cpu=canonical, default=plain)
+
+
+def _onednn_product(
+    a: Array,
+    b: Array,
+    bias: Array | None = None,
+    *,
+    transposed: bool = False,
+    dtype: DTypeLike = jnp.float32,
+) -> Float[Array, "m n"]:
+    """`onednn.product`, in programs for CPUs."""
+
+    def plain(a: Array, b: Array, bias: Array | None) -> Array:
+        y = _plain_product(a, b, transposed=transposed)
+        if bias is not None:
+            y = y + jnp.broadcast_to(bias, y.shape)
+        return y.astype(dtype)
+
+    by_onednn = partial(onednn.product, transposed=transposed, dtype=dtype)
+    return by_platform(a, b, bias, cpu=by_onednn, default=plain)
 
 
 def _plain_product(a: Array, b: Array, *, transposed: bool) -> Float[Array, "*rows n"]:

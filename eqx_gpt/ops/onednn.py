@@ -1,4 +1,4 @@
-"""Linear maps by oneDNN, which jaxlib brings along: with AMX the fastest products of a CPU.
+"""Products by oneDNN, which jaxlib brings along: with AMX the fastest of a CPU.
 
 XLA's own library packs one operand anew at each product and leaves results in float32; oneDNN's
 takes a fifth to two fifths less time, adds the bias and rounds as it writes. XLA has it as a custom
@@ -17,18 +17,14 @@ import platform
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
-
-from eqx_gpt.ops.platform import by_platform, laid_out
 
 Products = Literal["xla", "onednn"]
 
@@ -96,52 +92,6 @@ def takes(a: Array, b: Array, n: int) -> bool:
     return True
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def linear(
-    x: Float[Array, "*batch in"],
-    weight: Float[Array, "out in"],
-    bias: Float[Array, " out"] | None,
-    dtype: DTypeLike,
-) -> Float[Array, "*batch out"]:
-    """`x @ weight.T + bias` of bfloat16 `x`, summed in float32 and rounded to `dtype` once."""
-    return _forward(x, weight, bias, dtype)[0]
-
-
-def _forward(
-    x: Array, weight: Array, bias: Array | None, dtype: DTypeLike
-) -> tuple[Array, tuple[Array, Array, Array | None]]:
-    row = None if bias is None else bias.astype(jnp.float32)[None]
-    y = product(_rows(x), weight.astype(x.dtype), row, transposed=True, dtype=dtype)
-    return y.reshape(*x.shape[:-1], -1), (x, weight, bias)
-
-
-def _backward(
-    dtype: DTypeLike, residuals: tuple[Array, Array, Array | None], g: Array
-) -> tuple[Array, Array, Array | None]:
-    x, weight, bias = residuals
-    rows, d_rows = _rows(x), _rows(g.astype(x.dtype))
-    d_x = product(d_rows, weight.astype(x.dtype), dtype=x.dtype).reshape(x.shape)
-    # It multiplies transposed operands too, at half the rate. Of the two ways to the weight's
-    # gradient, the one that has less to transpose.
-    if g.size <= x.size + weight.size:
-        d_weight = product(_transposed(d_rows), rows)
-    else:
-        d_weight = jnp.swapaxes(product(_transposed(rows), d_rows), 0, 1)
-    d_bias = None if bias is None else jnp.sum(_rows(g).astype(jnp.float32), 0).astype(bias.dtype)
-    return d_x, d_weight.astype(weight.dtype), d_bias
-
-
-linear.defvjp(_forward, _backward)
-
-
-def _rows(x: Array) -> Array:
-    return x.reshape(-1, x.shape[-1])
-
-
-def _transposed(x: Array) -> Array:
-    return by_platform(jnp.swapaxes(x, 0, 1), cpu=laid_out, default=lambda x: x)
-
-
 def product(
     a: Float[Array, "m k"],
     b: Float[Array, "k n"] | Float[Array, "n k"],
@@ -150,28 +100,16 @@ def product(
     transposed: bool = False,
     dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "m n"]:
-    """`a @ b`, or `a @ b.T`, plus `bias`, of bfloat16, summed in float32 and rounded once."""
-    shape = a.shape[0], b.shape[0 if transposed else 1]
-
-    def on_cpu(*operands: Array) -> Array:
-        fields: dict[str, Any] = {"transpose_b": transposed}
-        if bias is not None:
-            fields["fusions"] = {"ops": ["BIAS"]}
-        call = jax.ffi.ffi_call(
-            _TARGET,
-            jax.ShapeDtypeStruct(shape, dtype),
-            vmap_method="sequential",
-            custom_call_api_version=1,  # XLA reads the fields itself
-            legacy_backend_config=json.dumps({"onednn_matmul_config": fields}),
-        )
-        return call(*operands)
-
-    def elsewhere(a: Array, b: Array, *bias: Array) -> Array:
-        contract = (1,), (1 if transposed else 0,)
-        y = lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
-        for row in bias:
-            y = y + jnp.broadcast_to(row, y.shape)
-        return y.astype(dtype)
-
-    operands = (a, b) if bias is None else (a, b, bias)
-    return by_platform(*operands, cpu=on_cpu, default=elsewhere)
+    """`a @ b`, or `a @ b.T`, plus `bias`, of bfloat16, summed in float32 and rounded once. In
+    programs for CPUs alone."""
+    fields: dict[str, Any] = {"transpose_b": transposed}
+    if bias is not None:
+        fields["fusions"] = {"ops": ["BIAS"]}
+    call = jax.ffi.ffi_call(
+        _TARGET,
+        jax.ShapeDtypeStruct((a.shape[0], b.shape[0 if transposed else 1]), dtype),
+        vmap_method="sequential",
+        custom_call_api_version=1,  # XLA reads the fields itself
+        legacy_backend_config=json.dumps({"onednn_matmul_config": fields}),
+    )
+    return call(a, b) if bias is None else call(a, b, bias)
